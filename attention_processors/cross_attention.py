@@ -1,0 +1,171 @@
+"""The fidelity stream's part in a U-Net's cross-attention: its own context per layer, and the maps that masks come from."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, field
+from typing import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+
+
+@dataclass(frozen=True)
+class CrossAttentionLayer:
+    """One cross-attention module of a U-Net.
+
+    `name` is its module path. `decoder`: whether it is in an up block. `level`: how often the latent's side is halved there,
+    so that its maps have 1 / 2**level of the latent's side.
+    """
+
+    name: str
+    module: Attention
+    decoder: bool
+    level: int
+
+    def map_size(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of this layer's maps for a latent of `latent_size`: a U-Net halves odd sides upwards."""
+        return tuple(-(-side // 2**self.level) for side in latent_size)
+
+
+def cross_attention_layers(unet: torch.nn.Module) -> list[CrossAttentionLayer]:
+    """The cross-attention modules of a `UNet2DConditionModel` in the order they are evaluated: down, mid, up."""
+    deepest = len(unet.down_blocks) - 1
+    layers = []
+    for part, blocks in (("down_blocks", unet.down_blocks), ("mid_block", [unet.mid_block]), ("up_blocks", unet.up_blocks)):
+        for index, block in enumerate(blocks):
+            prefix = part if part == "mid_block" else f"{part}.{index}"
+            level = {"down_blocks": index, "mid_block": deepest, "up_blocks": deepest - index}[part]
+            for name, module in block.named_modules() if block is not None else ():
+                if isinstance(module, Attention) and module.is_cross_attention:
+                    layers.append(CrossAttentionLayer(f"{prefix}.{name}", module, part == "up_blocks", level))
+    return layers
+
+
+class AttentionMaps:
+    """Running sums of the attention to one position of the context (or the mean over several), by level.
+
+    Args:
+        positions: the token's position in the context, as a slice; several are averaged.
+    """
+
+    def __init__(self, positions: slice) -> None:
+        self.positions = positions
+        self._sums: dict[int, torch.Tensor] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, level: int, column: torch.Tensor) -> None:
+        """Adds one layer's attention to the positions: (n, pixels), averaged over heads."""
+        self._sums[level] = self._sums[level] + column if level in self._sums else column
+        self._counts[level] = self._counts.get(level, 0) + 1
+
+    def mean(self, level: int) -> torch.Tensor:
+        """The average over the layers of `level`: (n, pixels), float32."""
+        return self._sums[level] / self._counts[level]
+
+
+@dataclass
+class FidelityStream:
+    """The fidelity stream's rows in the batch that is being evaluated.
+
+    Attributes:
+        rows: where they are.
+        contexts: the CAE as encoded for each layer, by layer name: (1, tokens, dim).
+        maps: where the layers named in `captured` add their attention; None where no mask is wanted.
+    """
+
+    rows: slice
+    contexts: Mapping[str, torch.Tensor]
+    maps: AttentionMaps | None = None
+    captured: frozenset[str] = frozenset()
+    _wrappers: dict[str, FidelityAttnProcessor] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def attached(self, layers: list[CrossAttentionLayer]) -> Iterator[None]:
+        """Wraps the processors of `layers` for the length of one evaluation of the denoiser; always puts them back."""
+        inner = [layer.module.processor for layer in layers]
+        try:
+            for layer, processor in zip(layers, inner):
+                wrapper = self._wrappers.get(layer.name)
+                if wrapper is None or wrapper.inner is not processor:
+                    wrapper = self._wrappers[layer.name] = FidelityAttnProcessor(processor, self, layer)
+                _set_processor(layer.module, wrapper)
+            yield
+        finally:
+            for layer, processor in zip(layers, inner):
+                _set_processor(layer.module, processor)
+
+
+def _set_processor(attn: Attention, processor) -> None:
+    # Not `attn.set_processor`, which logs "removing possibly trained weights" each time.
+    attn._modules.pop("processor", None)
+    attn.processor = processor
+
+
+class FidelityAttnProcessor(torch.nn.Module):
+    """Wraps whatever processor a cross-attention module has: stock, LoRA, IP-Adapter, xFormers, or a custom one.
+
+    All of the attention is left to the wrapped processor. This one replaces the context of the fidelity stream's rows by
+    the layer's own and, where asked to, reads the attention that those rows pay to one token.
+
+    It is a module so that a wrapped processor with weights (IP-Adapter's) stays part of the model and follows it when it
+    is moved to another device.
+    """
+
+    def __init__(self, inner, stream: FidelityStream, layer: CrossAttentionLayer) -> None:
+        super().__init__()
+        self.inner = inner
+        self.stream = stream
+        self.layer_name, self.level = layer.name, layer.level
+        # `Attention.forward` reads the signature of `processor.__call__` to see which keyword arguments it may pass on.
+        self.__dict__["__call__"] = functools.wraps(inner.__call__)(lambda *args, **kwargs: self(*args, **kwargs))
+
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states=None, *args, **kwargs):
+        """`hidden_states` (rows, pixels, channels); `encoder_hidden_states` (rows, tokens, dim), or with an IP-Adapter a
+        tuple of that and the image prompts' states."""
+        stream, context = self.stream, self.stream.contexts[self.layer_name]
+        text, *images = encoder_hidden_states if isinstance(encoder_hidden_states, tuple) else (encoder_hidden_states,)
+        start, stop, _ = stream.rows.indices(len(text))
+        if stream.maps is not None and self.layer_name in stream.captured:
+            stream.maps.add(self.level, token_attention(attn, hidden_states[start:stop], context, stream.maps.positions))
+        context = context.expand(stop - start, -1, -1)
+
+        def attend(rows: slice, text: torch.Tensor) -> torch.Tensor:
+            states = (text, *([image[rows] for image in group] for group in images)) if images else text
+            return self.inner(attn, hidden_states[rows], states, *args, **kwargs)
+
+        if text.shape[1] == context.shape[1]:
+            return attend(slice(None), torch.cat([text[:start], context, text[stop:]]))
+        # Prompt embeddings of another length than the CAE sequence (long, weighted prompts): evaluated apart.
+        parts = ((slice(0, start), text[:start]), (slice(start, stop), context), (slice(stop, None), text[stop:]))
+        return torch.cat([attend(rows, states) for rows, states in parts if len(states)])
+
+
+def token_attention(attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor, positions: slice) -> torch.Tensor:
+    """The columns `positions` of softmax(q k^T * scale), averaged over them and over the heads.
+
+    Attention over values that are 1 at the wanted tokens and 0 elsewhere is the attention to those tokens; so the fused
+    kernel does the work, and the whole (pixels, tokens) map is never in memory.
+
+    Args:
+        hidden_states: (n, pixels, channels).
+        context: (1, tokens, dim), the same for all n.
+
+    Returns:
+        (n, pixels), float32
+    """
+    if attn.norm_cross:
+        context = attn.norm_encoder_hidden_states(context)
+    query, key = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), attn.to_k(context)))
+    if getattr(attn, "norm_q", None) is not None:
+        query = attn.norm_q(query)
+    if getattr(attn, "norm_k", None) is not None:
+        key = attn.norm_k(key)
+    if attn.upcast_attention:
+        query, key = query.float(), key.float()
+    value = torch.zeros_like(key)  # (1, heads, tokens, head_dim): the fused kernels want key and value of one shape
+    value[:, :, positions, 0] = 1 / len(range(*positions.indices(key.shape[2])))
+    key, value = (x.expand(len(query), -1, -1, -1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, scale=attn.scale)[..., 0].float().mean(1)

@@ -1,0 +1,84 @@
+"""What masking and stream handling cost per step, as a ratio to the bare denoiser on the same number of rows, in one run.
+
+python examples/benchmark.py                                         the shipped model
+python examples/benchmark.py --full_size --device cuda               SD 2.1's architecture with random weights, 768 px, fp16
+
+A step is everything between the scheduler's calls: streams, attention maps, masks, mixing. Both are timed alternately and
+compared by their medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from degu.attention_processors import cross_attention_layers
+from degu.pipelines.families import SD
+from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
+
+MODEL = Path(__file__).parent / "toyworld" / "models" / "sd"
+
+
+def full_size_unet() -> UNet2DConditionModel:
+    """Stable Diffusion 2.1's denoiser."""
+    return UNet2DConditionModel(
+        sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True, upcast_attention=True
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full_size", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=60)
+    args = parser.parse_args()
+    dtype = torch.float16 if args.device != "cpu" else torch.float32
+    unet = full_size_unet() if args.full_size else UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet", torch_dtype=torch.float32)
+    unet = unet.to(args.device, dtype).eval()
+    n, side, layers = args.images, unet.config.sample_size, cross_attention_layers(unet)
+    tokens = 77 if args.full_size else 32
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(args.device, dtype)
+
+    latents, texts = random(n, unet.config.in_channels, side, side), random(2 * n, tokens, unet.config.cross_attention_dim)
+    contexts = {layer.name: random(1, tokens, unet.config.cross_attention_dim) for layer in layers}
+    levels = tuple(sorted({layer.level for layer in layers if layer.decoder}, reverse=True)[:2])
+    pipe = SimpleNamespace(guidance_scale=7.5, guidance_rescale=0.0, num_timesteps=1, active_cae=SimpleNamespace(num_tokens=5))
+    guided = GuidedDenoiser(pipe, unet.forward, layers, contexts, None, 2.0, 0.0, Masking(0.0, SD.tcam, levels), sliced=False)
+    sample, rows, three = torch.cat([latents] * 2), torch.cat([latents] * 3), torch.cat([texts, texts[:n]])
+
+    @torch.no_grad()
+    def seconds(step) -> float:
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def bare():
+        unet.forward(rows, 500, three, return_dict=False)
+
+    def degu():
+        guided(sample, 500, texts, return_dict=False)
+
+    for _ in range(5):
+        seconds(bare), seconds(degu)
+    timed = [(seconds(bare), seconds(degu)) for _ in range(args.repeats)]
+    of_bare, of_degu = (statistics.median(column) for column in zip(*timed))
+    name = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}: bare denoiser on {3 * n} rows {of_bare * 1e3:.2f} ms, DeGu step {of_degu * 1e3:.2f} ms, ratio {of_degu / of_bare:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The CAE file: one subject's context-agnostic embeddings as safetensors. This module alone knows the format."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+DEFAULT_NAME = "cae_embeddings.safetensors"
+FORMAT = "degu-cae"
+FORMAT_VERSION = "1"
+_PREFIX = "cae."
+
+
+@dataclass(frozen=True)
+class ContextAgnosticEmbeddings:
+    """What training learns of one subject.
+
+    Attributes:
+        embeddings: per text encoder (`text_encoder`, `text_encoder_2`, ...): float32 (layers, tokens, dim) on the CPU;
+            `layers` is 1 where one set serves all layers.
+        layer_names: the cross-attention modules the layers belong to, in order; empty where unknown or layers is 1.
+        metadata: everything else the file says: strings.
+    """
+
+    embeddings: Mapping[str, torch.Tensor]
+    layer_names: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return next(iter(self.embeddings.values())).shape[1]
+
+
+def save_cae(cae: ContextAgnosticEmbeddings, path: str | os.PathLike, family: str) -> None:
+    """Writes the file in one piece: under a temporary name in the same folder, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        **{name: value if isinstance(value, str) else json.dumps(value) for name, value in cae.metadata.items()},
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "family": family,
+        "num_tokens": str(cae.num_tokens),
+        "layer_names": json.dumps(list(cae.layer_names)),
+    }
+    tensors = {_PREFIX + name: rows.detach().float().cpu().contiguous() for name, rows in cae.embeddings.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_cae(path: str | os.PathLike, family: str, dims: Mapping[str, int]) -> ContextAgnosticEmbeddings:
+    """Reads and checks a file for a model of `family` whose text encoders embed tokens in `dims` dimensions.
+
+    Raises:
+        ValueError: the file is damaged, not a CAE, or made for another kind of model; the message says which.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file (damaged, truncated, or another format): {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a CAE file: its metadata has format {metadata.get('format')!r}, expected {FORMAT!r}. "
+            "CAE files are written by training/train_cae.py; textual inversions and LoRAs have loaders of their own."
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has CAE format version {metadata.get('format_version')!r}; this version of degu reads {FORMAT_VERSION!r}."
+        )
+    return parse_cae(tensors, family, dims, source=str(path), metadata=metadata)
+
+
+def parse_cae(
+    tensors: Mapping[str, torch.Tensor],
+    family: str,
+    dims: Mapping[str, int],
+    source: str = "the given dict",
+    metadata: Mapping[str, str] | None = None,
+) -> ContextAgnosticEmbeddings:
+    """Checks the tensors of a CAE, named as in the file; `metadata` may be missing. Raises ValueError as `read_cae` does."""
+    metadata = dict(metadata or {})
+    if metadata.get("family", family) != family:
+        raise ValueError(
+            f"{source} holds a CAE for the family {metadata['family']!r} (base model {metadata.get('base_model', 'unknown')}), "
+            f"but this pipeline is of the family {family!r}. Train a CAE on this pipeline's base model."
+        )
+    expected, found = {_PREFIX + name for name in dims}, set(tensors)
+    if expected != found:
+        raise ValueError(f"{source} holds the tensors {sorted(found)}, expected exactly {sorted(expected)}.")
+    try:
+        layer_names = tuple(json.loads(metadata.pop("layer_names", "[]")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{source}: the metadata entry `layer_names` is not a JSON list of names.") from error
+    embeddings, shapes = {}, set()
+    for name, dim in dims.items():
+        rows = tensors[_PREFIX + name]
+        where = f"{source}: `{_PREFIX}{name}`"
+        if not isinstance(rows, torch.Tensor) or rows.ndim != 3 or 0 in rows.shape or not rows.is_floating_point():
+            found_shape = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+            raise ValueError(f"{where} has to be a float tensor [layers, tokens, dim], but is {found_shape}.")
+        if rows.shape[2] != dim:
+            raise ValueError(
+                f"{where} has embeddings of {rows.shape[2]} dimensions, but the pipeline's {name} embeds tokens in {dim}. "
+                f"The CAE was trained on another base model ({metadata.get('base_model', 'unknown')})."
+            )
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"{where} contains NaN or infinity; the training it comes from diverged.")
+        shapes.add(tuple(rows.shape[:2]))
+        embeddings[name] = rows.detach().float().cpu().clone()
+    if len(shapes) > 1:
+        raise ValueError(f"{source}: the text encoders' tensors differ in [layers, tokens]: {sorted(shapes)}.")
+    layers, tokens = shapes.pop()
+    if metadata.get("num_tokens", str(tokens)) != str(tokens):
+        raise ValueError(f"{source}: the metadata says {metadata['num_tokens']} tokens, but the tensors have {tokens}.")
+    if layers > 1 and layer_names and len(layer_names) != layers:
+        raise ValueError(f"{source} names {len(layer_names)} layers, but its tensors have {layers}.")
+    return ContextAgnosticEmbeddings(embeddings, layer_names, metadata)
+
+
+def rows_by_layer(cae: ContextAgnosticEmbeddings, names: list[str], source: str = "the CAE") -> dict[str, int]:
+    """Which row of the embeddings each of the model's cross-attention layers, given by name, uses.
+
+    Raises:
+        ValueError: the CAE has another number of layers than the model, or layers of other names.
+    """
+    layers = next(iter(cae.embeddings.values())).shape[0]
+    if layers == 1:
+        return dict.fromkeys(names, 0)
+    if layers != len(names):
+        raise ValueError(
+            f"{source} has embeddings for {layers} layers, but the pipeline's denoiser has {len(names)} cross-attention layers. "
+            "It was trained on another base model."
+        )
+    stored = cae.layer_names or names
+    if set(stored) != set(names):
+        raise ValueError(f"{source} is for other layers: the model has no {sorted(set(stored) - set(names))}.")
+    return {name: stored.index(name) for name in names}

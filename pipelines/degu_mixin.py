@@ -1,0 +1,266 @@
+"""What the pipelines of all families share: the settings, and the frame around stock's `__call__`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any, Callable, Sequence
+
+import torch
+
+from degu.attention_processors import CrossAttentionLayer, cross_attention_layers
+from degu.pipelines.cae_encoding import encode_cae
+from degu.pipelines.cae_file import ContextAgnosticEmbeddings, rows_by_layer
+from degu.pipelines.cae_loader import CaeLoaderMixin
+from degu.pipelines.families import Family
+from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
+from degu.pipelines.output import StableDiffusionDeGuPipelineOutput
+from degu.pipelines.tcam import TcamConfig
+from degu.pipelines.user_mask import latent_masks
+
+
+def extends(stock_call: Callable) -> Callable:
+    """Decorates a `__call__` that adds keyword-only arguments to `stock_call`, so that its signature shows both."""
+
+    def decorate(call: Callable) -> Callable:
+        stock = inspect.signature(stock_call)
+        added = [p for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = list(stock.parameters.values())
+        at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+        call.__signature__ = stock.replace(parameters=parameters[:at] + added + parameters[at:])
+        return call
+
+    return decorate
+
+
+class DeGuMixin(CaeLoaderMixin):
+    """Goes before a stock pipeline in the bases of a DeGu pipeline. Adds no component: all it keeps is state."""
+
+    _degu_family: Family
+    _guided: GuidedDenoiser | None = None  # set for the length of a call
+    _tcam: TcamConfig | None = None  # None: the family's
+    _tcam_enabled = True
+    _stream_slicing = False
+    _last_masks: torch.Tensor | None = None
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As stock's, but keeps the given pipeline's dtype: the weights are shared, and stock's would cast them."""
+        if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
+            kwargs["dtype"] = pipeline.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
+    # --- settings ---
+
+    def enable_tcam(
+        self,
+        start: float | None = None,
+        token: str | None = None,
+        resolutions: Sequence[float] | None = None,
+        layers: Sequence[int] | None = None,
+        kernel_size: int | None = None,
+        sigma: float | None = None,
+    ) -> None:
+        """Turns masking on, as it is by default. What is left out, or None, is the family's default.
+
+        Args:
+            start: fraction of the steps, 0..1, before masking acts.
+            token: whose attention the mask is read from: "sot", "eot", or "subject".
+            resolutions: candidate map sizes as fractions of the latent's side, e.g. `(1/4, 1/2)`.
+            layers: for MMDiT only.
+            kernel_size, sigma: of the blur, in map pixels.
+        """
+        given = {"start": start, "token": token, "resolutions": resolutions, "layers": layers, "kernel_size": kernel_size, "sigma": sigma}
+        config = replace(self._degu_family.tcam, **{name: value for name, value in given.items() if value is not None})
+        self._levels(config)
+        self._tcam, self._tcam_enabled = config, True
+
+    def disable_tcam(self) -> None:
+        """Turns masking off: the streams are mixed everywhere (Eq. 5). A mask given to a call is still used."""
+        self._tcam_enabled = False
+
+    @property
+    def tcam(self) -> TcamConfig:
+        """The settings in use, also while masking is off."""
+        return self._tcam or self._degu_family.tcam
+
+    def enable_stream_slicing(self) -> None:
+        """Evaluates the streams one after another: the memory of one, the same images within float error."""
+        self._stream_slicing = True
+
+    def disable_stream_slicing(self) -> None:
+        self._stream_slicing = False
+
+    @property
+    def active_cae(self) -> ContextAgnosticEmbeddings | None:
+        return self._cae_adapters.get(self.get_active_cae_adapter())
+
+    @property
+    def subject_masks(self) -> torch.Tensor | None:
+        """(images, h, w) of 0 and 1 at latent size: in a callback this step's masks, afterwards the last used; else None."""
+        return self._guided.masks if self._guided is not None else self._last_masks
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        # Stock would not evaluate the null stream at guidance_scale <= 1; DeGu needs it at any scale.
+        return self._guided is not None or super().do_classifier_free_guidance
+
+    # --- the family's models ---
+
+    def _cae_dims(self) -> dict[str, int]:
+        return {"text_encoder": self.text_encoder.get_input_embeddings().weight.shape[1]}
+
+    def _layers(self) -> list[CrossAttentionLayer]:
+        return cross_attention_layers(self.unet)
+
+    def _check_cae(self, cae: ContextAgnosticEmbeddings, source: str) -> None:
+        """Raises ValueError where the CAE is not for this denoiser and tokenizer."""
+        rows_by_layer(cae, [layer.name for layer in self._layers()], source)
+        if cae.num_tokens + 2 > self.tokenizer.model_max_length:
+            raise ValueError(f"{source} has {cae.num_tokens} tokens; the tokenizer's {self.tokenizer.model_max_length} include start and end.")
+
+    def _levels(self, config: TcamConfig) -> tuple[int, ...]:
+        """The levels of the candidate maps, coarsest first; by default the decoder's two coarsest."""
+        if config.layers is not None:
+            raise ValueError("`layers` chooses blocks of an MMDiT; this denoiser is a U-Net, whose maps `resolutions` chooses.")
+        available = sorted({layer.level for layer in self._layers() if layer.decoder}, reverse=True)
+        if not available:
+            raise ValueError("This denoiser's decoder has no cross-attention to read masks from: call `disable_tcam()`.")
+        if config.resolutions is None:
+            return tuple(available[:2])
+        by_fraction = {2.0**-level: level for level in available}
+        unknown = [fraction for fraction in config.resolutions if fraction not in by_fraction]
+        if unknown:
+            raise ValueError(f"`resolutions` {unknown} have no cross-attention in this decoder; it has {sorted(by_fraction)}.")
+        return tuple(sorted({by_fraction[fraction] for fraction in config.resolutions}, reverse=True))
+
+    def _encode_active_cae(self) -> dict[str, torch.Tensor]:
+        """The active CAE as every cross-attention layer sees it, by layer name: (1, tokens, dim)."""
+        cae, names = self.active_cae, [layer.name for layer in self._layers()]
+        rows = cae.embeddings["text_encoder"].to(self._execution_device)
+        encoded = encode_cae(self.text_encoder, self.tokenizer, rows).to(self._execution_device, self.unet.dtype)
+        return {name: encoded[row : row + 1] for name, row in rows_by_layer(cae, names).items()}
+
+    # --- the call ---
+
+    def _decoupled_call(
+        self,
+        stock_call: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        *,
+        fidelity_guidance_scale: float | None,
+        host_prompt: str | list[str] | None,
+        host_prompt_embeds: torch.Tensor | None,
+        host_guidance_scale: float | None,
+        subject_mask: Any,
+    ):
+        """Runs `stock_call` with the denoiser guided, or as it is where neither CAE nor host is in use."""
+        self._last_masks = None
+        bound = inspect.signature(stock_call).bind(*args, **kwargs)
+        bound.apply_defaults()
+        stock = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        fidelity_scale, host_scale = self._scales(fidelity_guidance_scale, host_prompt, host_prompt_embeds, host_guidance_scale)
+        if subject_mask is not None and fidelity_scale == 0:
+            raise ValueError(
+                "`subject_mask` says where the fidelity stream acts, but that stream is off: load a CAE with "
+                "`load_cae_embeddings` and leave `fidelity_guidance_scale` above 0."
+            )
+        if fidelity_scale == 0 and host_scale == 0:
+            output = stock_call(*args, **kwargs)
+        else:
+            prompts = _count(stock)
+            images = prompts * (stock["num_images_per_prompt"] or 1)
+            masking = self._masking(subject_mask, images, stock) if fidelity_scale != 0 else None
+            host_embeds = None
+            if host_scale != 0:
+                host_embeds = self._encode_host(host_prompt, host_prompt_embeds, prompts, stock)
+            self._guided = GuidedDenoiser(
+                self,
+                denoise=self.unet.forward,
+                layers=self._layers(),
+                contexts=self._encode_active_cae() if fidelity_scale != 0 else None,
+                host_embeds=host_embeds,
+                fidelity_scale=fidelity_scale,
+                host_scale=host_scale,
+                masking=masking,
+                sliced=self._stream_slicing,
+            )
+            try:
+                with self._guided.installed(self.unet):
+                    output = stock_call(*args, **kwargs)
+                self._last_masks = self._guided.last_masks
+            finally:
+                self._guided = None
+        if isinstance(output, tuple):
+            return output
+        return StableDiffusionDeGuPipelineOutput(output.images, output.nsfw_content_detected, self._last_masks)
+
+    def _scales(self, fidelity_scale, host_prompt, host_prompt_embeds, host_scale) -> tuple[float, float]:
+        """w_f and w_h with their defaults; 0 where there is nothing to guide with."""
+        if self.active_cae is None:
+            if fidelity_scale:
+                raise ValueError(
+                    f"`fidelity_guidance_scale` is {fidelity_scale}, but no CAE is active (loaded: {self.get_list_cae_adapters()}). "
+                    "Load one with `load_cae_embeddings`, or choose one with `set_cae_adapter`."
+                )
+            fidelity_scale = 0.0
+        elif fidelity_scale is None:
+            fidelity_scale = self._degu_family.fidelity_guidance_scale
+        if host_prompt is not None and host_prompt_embeds is not None:
+            raise ValueError("Give either `host_prompt` or `host_prompt_embeds`, not both.")
+        if host_prompt is None and host_prompt_embeds is None:
+            if host_scale:
+                raise ValueError(f"`host_guidance_scale` is {host_scale}, but there is no host: give `host_prompt` or `host_prompt_embeds`.")
+            host_scale = 0.0
+        elif host_scale is None:
+            host_scale = self._degu_family.host_guidance_scale
+        return fidelity_scale, host_scale
+
+    def _masking(self, subject_mask, images: int, stock: dict[str, Any]) -> Masking | None:
+        if subject_mask is not None:
+            given = latent_masks(subject_mask, images, self._latent_size(stock))
+            return Masking(self.tcam.start, given=given.to(self._execution_device))
+        if not self._tcam_enabled:
+            return None
+        return Masking(self.tcam.start, self.tcam, self._levels(self.tcam))
+
+    def _latent_size(self, stock: dict[str, Any]) -> tuple[int, int]:
+        if stock.get("latents") is not None:
+            return tuple(stock["latents"].shape[-2:])
+        if not stock["height"] or not stock["width"]:
+            side = self.unet.config.sample_size
+            return (side, side) if isinstance(side, int) else tuple(side)
+        return stock["height"] // self.vae_scale_factor, stock["width"] // self.vae_scale_factor
+
+    def _encode_host(self, host_prompt, host_prompt_embeds, prompts: int, stock: dict[str, Any]) -> torch.Tensor:
+        """The host prompt as the pipeline itself encodes prompts, one row per image: (images, tokens, dim)."""
+        if isinstance(host_prompt, str):
+            host_prompt = [host_prompt] * prompts
+        given = host_prompt if host_prompt is not None else host_prompt_embeds
+        if host_prompt_embeds is not None and len(host_prompt_embeds) == 1:
+            given = host_prompt_embeds = host_prompt_embeds.expand(prompts, -1, -1)
+        if len(given) != prompts:
+            raise ValueError(f"There are {len(given)} host prompts for {prompts} prompts: give one, or one per prompt.")
+        embeds, _ = self.encode_prompt(
+            host_prompt,
+            self._execution_device,
+            stock["num_images_per_prompt"] or 1,
+            False,
+            prompt_embeds=host_prompt_embeds,
+            lora_scale=(stock["cross_attention_kwargs"] or {}).get("scale"),
+            clip_skip=stock["clip_skip"],
+        )
+        if stock["prompt_embeds"] is not None and stock["prompt_embeds"].shape[1] != embeds.shape[1]:
+            raise ValueError(
+                f"The host prompt's embeddings have {embeds.shape[1]} tokens, `prompt_embeds` has "
+                f"{stock['prompt_embeds'].shape[1]}; all streams are evaluated in one batch and need the same number."
+            )
+        return embeds
+
+
+def _count(stock: dict[str, Any]) -> int:
+    """How many prompts there are; 1 where stock's own checks are going to complain."""
+    if isinstance(stock["prompt"], (list, tuple)):
+        return len(stock["prompt"])
+    return 1 if stock["prompt_embeds"] is None else len(stock["prompt_embeds"])

@@ -1,0 +1,31 @@
+"""What differs between the model families, and the defaults that this project has chosen for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from degu.pipelines.tcam import TcamConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attributes:
+    name: as in a CAE file's metadata.
+    fidelity_guidance_scale: default w_f.
+    host_guidance_scale: default w_h.
+    tcam: default masking.
+    """
+
+    name: str
+    fidelity_guidance_scale: float
+    host_guidance_scale: float
+    tcam: TcamConfig
+
+
+# [SOT] is the paper's token. The numbers come from the sweep in examples/, on the small shipped model; w_h is not swept yet.
+SD = Family(
+    name="sd",
+    fidelity_guidance_scale=4.0,
+    host_guidance_scale=3.0,
+    tcam=TcamConfig(start=0.1, token="sot", kernel_size=5, sigma=1.0),
+)

@@ -1,0 +1,191 @@
+"""The denoiser as a pipeline sees it during a DeGu call: all streams evaluated, their guided mixture returned."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Mapping
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from degu.attention_processors import AttentionMaps, CrossAttentionLayer, FidelityStream
+from degu.pipelines.guidance import decoupled_guidance
+from degu.pipelines.streams import map_batched
+from degu.pipelines.subject_mask import subject_masks
+from degu.pipelines.tcam import TcamConfig
+
+
+@dataclass
+class Masking:
+    """How this call gets its subject masks: read at every step (`tcam`), or the user's own (`given`).
+
+    Attributes:
+        start: fraction of the steps before a mask acts.
+        tcam: None where masking is off or the mask is given.
+        levels: of the candidate maps, coarsest first.
+        given: the user's mask at latent size, (n or 1, h, w) of 0 and 1.
+    """
+
+    start: float
+    tcam: TcamConfig | None = None
+    levels: tuple[int, ...] = ()
+    given: torch.Tensor | None = None
+
+
+class GuidedDenoiser:
+    """Stands in for the denoiser's `forward` for the length of one call.
+
+    The pipeline evaluates its denoiser on the classifier-free-guidance batch [negative, positive] and computes
+    `negative + g * (positive - negative)`. This object evaluates the streams [null, editability, fidelity, host] instead
+    and returns their guided mixture in both halves, so that the pipeline's own line is the identity for any g and
+    everything around it (schedulers, callbacks, image prompts) stays stock's.
+
+    Args:
+        pipe: the pipeline; its current `guidance_scale`, `guidance_rescale` and step count are read at every step, so that
+            callbacks can change them.
+        denoise: the denoiser's own `forward`, hooks included.
+        layers: its cross-attention layers.
+        contexts: the encoded CAE by layer name, (1, tokens, dim) each; None: no fidelity stream.
+        host_embeds: the encoded host prompt (n, tokens, dim); None: no host.
+        fidelity_scale, host_scale: w_f, w_h.
+        masking: where the masks come from; None: no masks.
+        sliced: evaluate the streams one after another instead of in one batch.
+    """
+
+    def __init__(
+        self,
+        pipe,
+        denoise: Callable[..., Any],
+        layers: list[CrossAttentionLayer],
+        contexts: Mapping[str, torch.Tensor] | None,
+        host_embeds: torch.Tensor | None,
+        fidelity_scale: float,
+        host_scale: float,
+        masking: Masking | None,
+        sliced: bool,
+    ) -> None:
+        self.pipe, self.denoise, self.layers = pipe, denoise, layers
+        self.host_embeds = host_embeds
+        self.fidelity_scale, self.host_scale = fidelity_scale, host_scale
+        self.masking, self.sliced = masking, sliced
+        captured = frozenset()
+        if masking is not None and masking.tcam is not None:
+            captured = frozenset(layer.name for layer in layers if layer.decoder and layer.level in masking.levels)
+        self.fidelity = FidelityStream(slice(0, 0), contexts, None, captured) if contexts is not None else None
+        self.step = 0
+        self.masks: torch.Tensor | None = None  # of the current step, (n, h, w)
+        self.last_masks: torch.Tensor | None = None  # of the last step that had some
+
+    @contextlib.contextmanager
+    def installed(self, denoiser: torch.nn.Module) -> Iterator[None]:
+        """Puts this object in the place of `denoiser.forward`; always puts the denoiser back as it was.
+
+        The module stays the same object, so that offloading, device maps and everything that looks at it keep working.
+        """
+        own = denoiser.__dict__.get("forward")  # set where accelerate or diffusers have hooked the module
+        denoiser.forward = self
+        try:
+            yield
+        finally:
+            # Model offloading re-hooks the module at the end of a call; then the place is no longer ours to restore.
+            if denoiser.__dict__.get("forward") is self:
+                del denoiser.__dict__["forward"]
+                if own is not None:
+                    denoiser.forward = own
+
+    def __call__(self, sample: torch.Tensor, timestep, encoder_hidden_states: torch.Tensor, *, return_dict: bool = True, **kwargs):
+        step, self.step = self.step, self.step + 1
+        n = len(sample) // 2
+        if len(encoder_hidden_states) == n:
+            # A callback has switched classifier-free guidance off (as `SDCFGCutoffCallback` does): plain prediction.
+            kwargs = map_batched(kwargs, 2 * n, lambda x: x[n:])
+            self.masks = None
+            predicted = self.denoise(sample[:n], timestep, encoder_hidden_states, return_dict=False, **kwargs)[0]
+            return _in_both_halves(predicted, return_dict)
+
+        scales = {"editability": self.pipe.guidance_scale}
+        if self.fidelity is not None:
+            scales["fidelity"] = self.fidelity_scale
+        if self.host_embeds is not None:
+            scales["host"] = self.host_scale
+        streams = ["null", *(name for name, scale in scales.items() if scale != 0)]
+        masking = self.masking
+        if masking is not None and ("fidelity" not in streams or step < masking.start * self.pipe.num_timesteps):
+            masking = None
+        maps = None
+        if masking is not None and masking.tcam is not None:
+            maps = AttentionMaps(masking.tcam.token_positions(self.pipe.active_cae.num_tokens))
+
+        predictions = self._evaluate(streams, n, maps, sample, timestep, encoder_hidden_states, kwargs)
+        editability_region = fidelity_region = self.masks = None
+        if masking is not None:
+            self.masks, found = self._masks(masking, maps, sample)
+            self.last_masks = self.masks
+            inside = self.masks.to(sample.dtype)[:, None]
+            found = found[:, None, None, None]
+            editability_region = torch.where(found, 1 - inside, 1)
+            fidelity_region = torch.where(found, inside, 1)
+        guided = decoupled_guidance(
+            **predictions,
+            **{f"{name}_scale": scale for name, scale in scales.items()},
+            editability_region=editability_region,
+            fidelity_region=fidelity_region,
+        )
+        if self.pipe.guidance_rescale > 0 and len(streams) > 1:
+            # Here, because stock's own line would compare the mixture with itself. Its reference is the prompt's stream.
+            text = next(predictions[name] for name in ("editability", "host", "fidelity") if name in predictions)
+            guided = rescale_noise_cfg(guided, text, guidance_rescale=self.pipe.guidance_rescale)
+        return _in_both_halves(guided, return_dict)
+
+    def _evaluate(self, streams, n, maps, sample, timestep, encoder_hidden_states, kwargs) -> dict[str, torch.Tensor]:
+        """Each stream's prediction, (n, channels, h, w): in one batch, or one after another where sliced."""
+        negative, positive = slice(0, n), slice(n, 2 * n)
+        # The prompt's image prompts belong to the host where there is one, else to the editability stream.
+        carrier = "host" if "host" in streams else "editability"
+        groups = [[name] for name in streams] if self.sliced else [streams]
+        predictions = {}
+        for names in groups:
+            halves = [positive if name == carrier else negative for name in names]
+            texts = {
+                "null": encoder_hidden_states[negative],
+                "editability": encoder_hidden_states[positive],
+                "fidelity": encoder_hidden_states[negative],  # replaced layer by layer
+                "host": self.host_embeds,
+            }
+            gathered = map_batched(kwargs, 2 * n, lambda x: torch.cat([x[half] for half in halves]))
+            if gathered.get("timestep_cond") is not None and len(gathered["timestep_cond"]) == n:
+                gathered["timestep_cond"] = gathered["timestep_cond"].repeat(len(names), 1)
+            with contextlib.ExitStack() as stack:
+                if "fidelity" in names:
+                    first = names.index("fidelity") * n
+                    self.fidelity.rows, self.fidelity.maps = slice(first, first + n), maps
+                    stack.enter_context(self.fidelity.attached(self.layers))
+                predicted = self.denoise(
+                    torch.cat([sample[:n]] * len(names)),
+                    timestep,
+                    torch.cat([texts[name] for name in names]),
+                    return_dict=False,
+                    **gathered,
+                )[0]
+            predictions.update(zip(names, predicted.chunk(len(names))))
+        return predictions
+
+    def _masks(self, masking: Masking, maps: AttentionMaps | None, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        n, size = len(sample) // 2, tuple(sample.shape[-2:])
+        if masking.given is not None:
+            return masking.given.expand(n, *size), torch.ones(n, dtype=torch.bool, device=sample.device)
+        sizes = {layer.level: layer.map_size(size) for layer in self.layers}
+        return subject_masks(
+            [maps.mean(level).view(n, *sizes[level]) for level in masking.levels],
+            size,
+            invert=masking.tcam.invert,
+            kernel_size=masking.tcam.kernel_size,
+            sigma=masking.tcam.sigma,
+        )
+
+
+def _in_both_halves(guided: torch.Tensor, return_dict: bool):
+    if return_dict:
+        raise ValueError("During a DeGu call the denoiser is evaluated with `return_dict=False`, as diffusers' pipelines do.")
+    return (torch.cat([guided, guided]),)

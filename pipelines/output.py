@@ -1,0 +1,15 @@
+"""The pipelines' output: stock's, and the masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+
+
+@dataclass
+class StableDiffusionDeGuPipelineOutput(StableDiffusionPipelineOutput):
+    """Stock's output and, where masks were used, `subject_masks`: the last step's, (images, h, w) of 0 and 1 at latent size."""
+
+    subject_masks: torch.Tensor | None = None

@@ -1,0 +1,66 @@
+"""Decoupled Guidance for Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from degu.pipelines.degu_mixin import DeGuMixin, extends
+from degu.pipelines.families import SD
+
+
+class StableDiffusionDeGuPipeline(DeGuMixin, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` with a stream of its own for a subject learned as context-agnostic embeddings (CAE).
+
+    Example:
+
+        >>> pipe = StableDiffusionDeGuPipeline.from_pretrained(base)
+        >>> pipe.load_cae_embeddings("dog.safetensors")
+        >>> image = pipe("a dog in the snow").images[0]
+    """
+
+    _degu_family = SD
+
+    @extends(StableDiffusionPipeline.__call__)
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args,
+        fidelity_guidance_scale: float | None = None,
+        host_prompt: str | list[str] | None = None,
+        host_prompt_embeds: torch.Tensor | None = None,
+        host_guidance_scale: float | None = None,
+        subject_mask: Any = None,
+        **kwargs,
+    ):
+        """Takes all that `StableDiffusionPipeline` takes, with the same meaning, and in addition:
+
+        Args:
+            guidance_scale: w_e, how strongly the plain prompt guides.
+            fidelity_guidance_scale: w_f, how strongly the loaded subject guides; by default the family's
+                (`degu.pipelines.families.SD`). 0 turns the fidelity stream off.
+            host_prompt: prompt of a host method that the pipeline has loaded, e.g. with a textual-inversion token or for a
+                LoRA; one, or one per prompt. Turns the host stream on; image prompts (IP-Adapter) then go to it alone.
+            host_prompt_embeds: instead of `host_prompt`, (prompts or 1, tokens, dim).
+            host_guidance_scale: w_h; by default the family's.
+            subject_mask: the user's own mask instead of the one read from attention: PIL, array or tensor, (h, w) or
+                (images, h, w), 1 or white on the subject.
+
+        Returns:
+            `StableDiffusionDeGuPipelineOutput`, or stock's tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: a scale without the CAE or host prompt it belongs to; a mask or host prompts of the wrong shape.
+        """
+        return self._decoupled_call(
+            super().__call__,
+            args,
+            kwargs,
+            fidelity_guidance_scale=fidelity_guidance_scale,
+            host_prompt=host_prompt,
+            host_prompt_embeds=host_prompt_embeds,
+            host_guidance_scale=host_guidance_scale,
+            subject_mask=subject_mask,
+        )

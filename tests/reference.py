@@ -1,0 +1,108 @@
+"""The method once more, written from its description alone: one denoiser evaluation per stream, plain torch, OpenCV, SciPy."""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import scipy.stats
+import torch
+from diffusers import DDIMScheduler
+
+
+class RecordingAttention:
+    """Textbook multi-head attention over a fixed context; keeps its probabilities, averaged over heads."""
+
+    def __init__(self, context: torch.Tensor) -> None:
+        self.context, self.probabilities = context, None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        batch, pixels, _ = hidden_states.shape
+        context = self.context.expand(batch, -1, -1)
+
+        def heads(x):
+            return x.reshape(batch, x.shape[1], attn.heads, -1).permute(0, 2, 1, 3)
+
+        q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
+        weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), dim=3)
+        self.probabilities = weights.mean(1)
+        out = (weights @ v).permute(0, 2, 1, 3).reshape(batch, pixels, -1)
+        return attn.to_out[0](out)
+
+
+def cae_states(pipe, rows: torch.Tensor) -> torch.Tensor:
+    """[SOT] V_1 ... V_N [EOT] [PAD] ... through the text encoder, by writing the rows into a copy of the embedding matrix."""
+    tokenizer, n = pipe.tokenizer, len(rows)
+    weight = pipe.text_encoder.get_input_embeddings().weight
+    kept = weight.data.clone()
+    ids = [tokenizer.bos_token_id, *range(100, 100 + n), tokenizer.eos_token_id]
+    ids += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids))
+    try:
+        weight.data[100 : 100 + n] = rows
+        return pipe.text_encoder(torch.tensor([ids]))[0]
+    finally:
+        weight.data.copy_(kept)
+
+
+def text_states(pipe, prompts: list[str]) -> torch.Tensor:
+    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt")
+    return pipe.text_encoder(tokens.input_ids)[0]
+
+
+def mask_of(candidates: list[np.ndarray], size, invert: bool, kernel_size: int, sigma: float) -> np.ndarray:
+    """candidates: one image's averaged maps, coarsest first."""
+    soft = [(a - a.min()) / (a.max() - a.min()) for a in candidates]
+    soft = [1 - a if invert else a for a in soft]
+    entropies = [scipy.stats.entropy(np.histogram(a, bins=256, range=(0, 1))[0]) for a in soft]
+    blurred = cv2.GaussianBlur(soft[int(np.argmin(entropies))].astype(np.float32), (kernel_size, kernel_size), sigma)
+    _, mask = cv2.threshold(np.round(blurred * 255).astype(np.uint8), 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+@torch.no_grad()
+def reference_latents(
+    pipe, prompts, host_prompt, cae, latents, *, steps, w_e, w_f, w_h, start, token="sot", fractions=(1 / 4, 1 / 2), kernel_size=3, sigma=1.0,
+    guidance_rescale=0.0,
+):  # fmt: skip
+    """Latents after `steps` DDIM steps and the last step's masks; `start` None: no masking."""
+    unet, n = pipe.unet, len(prompts)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    null, prompt = text_states(pipe, [""] * n), text_states(pipe, prompts)
+    names = [name.removesuffix(".processor") for name in unet.attn_processors if name.endswith("attn2.processor")]
+    order = {"down": 0, "mid_": 1, "up_b": 2}
+    rows = dict(zip(sorted(names, key=lambda name: order[name[:4]]), cae.embeddings["text_encoder"]))
+    recorders = {name: RecordingAttention(cae_states(pipe, row)) for name, row in rows.items()}
+    tokens = cae.embeddings["text_encoder"].shape[1]
+    columns = {"sot": [0], "eot": [tokens + 1], "subject": list(range(1, tokens + 1))}[token]
+    h, w = latents.shape[-2:]
+    masks = None
+    for i, t in enumerate(scheduler.timesteps):
+        e_null, e_prompt = (unet(latents, t, c).sample for c in (null, prompt))
+        own = {name: unet.get_submodule(name).processor for name in recorders}
+        for name, recorder in recorders.items():
+            unet.get_submodule(name).processor = recorder
+        e_cae = unet(latents, t, null).sample
+        for name, processor in own.items():
+            unet.get_submodule(name).processor = processor
+        m = None
+        if start is not None and i >= start * steps:
+            masks = []
+            for b in range(n):
+                candidates = []
+                for fraction in fractions:
+                    size = (round(h * fraction), round(w * fraction))
+                    maps = [r.probabilities[b][:, columns].mean(1) for name, r in recorders.items() if name.startswith("up_blocks") and r.probabilities.shape[1] == size[0] * size[1]]
+                    candidates.append(torch.stack(maps).mean(0).reshape(size).numpy())
+                masks.append(mask_of(candidates, (h, w), token != "subject", kernel_size, sigma))
+            masks = np.stack(masks)
+            m = torch.from_numpy(masks).float()[:, None]
+        guided = e_null + w_e * (1 if m is None else 1 - m) * (e_prompt - e_null) + w_f * (1 if m is None else m) * (e_cae - e_null)
+        if host_prompt is not None:
+            guided = guided + w_h * (unet(latents, t, text_states(pipe, [host_prompt] * n)).sample - e_null)
+        if guidance_rescale:
+            matched = guided * e_prompt.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+            guided = guidance_rescale * matched + (1 - guidance_rescale) * guided
+        latents = scheduler.step(guided, t, latents).prev_sample
+    return latents, masks

@@ -1,0 +1,35 @@
+"""The examples, as people start them, cut short."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from conftest import ROOT
+from PIL import Image
+
+
+def run(*args: str) -> str:
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart(tmp_path):
+    printed = run("examples/quickstart.py", "--output_dir", str(tmp_path), "--train_steps", "3", "--samples", "1")
+    for name in ("stock prompt", "CAE in the prompt", "DGM", "DeGu", "clip_t", "dino"):
+        assert name in printed
+    assert Image.open(tmp_path / "comparison.png").width > 900
+    assert Image.open(tmp_path / "guidance.png").height > 600
+    assert (tmp_path / "cae" / "cae_embeddings.safetensors").is_file() and len(list((tmp_path / "references").iterdir())) == 5
+
+
+def test_quickstart_on_own_pictures(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (300, 200), "orange").save(tmp_path / "photos" / "a.jpg")
+    run("examples/quickstart.py", "--images", str(tmp_path / "photos"), "--class_noun", "dog", "--output_dir", str(tmp_path / "out"), "--train_steps", "2", "--samples", "1")
+    assert (tmp_path / "out" / "comparison.png").is_file()
+
+
+def test_benchmark_prints_a_ratio():
+    assert "ratio" in run("examples/benchmark.py", "--repeats", "2")

@@ -1,0 +1,78 @@
+"""The training script's arguments, named as in diffusers' own scripts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Sequence
+
+ADAMW_LEARNING_RATE = 5e-4  # per example of the joint batch; chosen by the sweep in examples/
+PRODIGY_LEARNING_RATE = 1.0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Learns a subject's context-agnostic embeddings (CAE) from a folder of pictures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id or local folder of the base model")
+    model.add_argument("--revision", default=None)
+    model.add_argument("--variant", default=None, help="variant of the weight files, e.g. fp16")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--instance_data_dir", required=True, help="folder with the subject's pictures")
+    data.add_argument("--instance_mask_dir", default=None, help="folder with masks of the same file names, white on the subject; the loss is then taken there")
+    data.add_argument("--class_noun", required=True, help="the subject's class, e.g. dog; the embeddings start from it")
+    data.add_argument("--resolution", type=int, default=None, help="side of the training images; by default the model's own")
+    data.add_argument("--center_crop", action="store_true", help="crop the centre instead of a random place")
+    data.add_argument("--random_flip", action="store_true", help="mirror at random; not for subjects with writing on them")
+    data.add_argument("--augmentation_variants", type=int, default=16, help="views of each picture that are encoded where crops or flips are random")
+
+    cae = parser.add_argument_group("embeddings")
+    cae.add_argument("--num_tokens", type=int, default=5)
+    cae.add_argument("--no_layerwise", action="store_true", help="one set of embeddings for all cross-attention layers")
+
+    out = parser.add_argument_group("output")
+    out.add_argument("--output_dir", default="cae", help="gets cae_embeddings.safetensors, checkpoints, logs and a model card")
+    out.add_argument("--checkpointing_steps", type=int, default=500)
+    out.add_argument("--checkpoints_total_limit", type=int, default=None)
+    out.add_argument("--resume_from_checkpoint", default=None, help="a checkpoint folder, or latest")
+    out.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, or none")
+    out.add_argument("--push_to_hub", action="store_true")
+    out.add_argument("--hub_model_id", default=None, help="repository to push to; by default the name of --output_dir")
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--train_batch_size", type=int, default=8, help="per process")
+    train.add_argument("--max_train_steps", type=int, default=1500)
+    train.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    train.add_argument("--gradient_checkpointing", action="store_true")
+    train.add_argument("--learning_rate", type=float, default=None, help=f"by default {ADAMW_LEARNING_RATE}, with prodigy {PRODIGY_LEARNING_RATE}")
+    train.add_argument("--scale_lr", action="store_true", default=True, help="multiply the learning rate by the joint batch size (processes x accumulation x batch)")
+    train.add_argument("--no_scale_lr", dest="scale_lr", action="store_false", help="take the learning rate as it is")
+    train.add_argument("--lr_scheduler", default="constant", help="any of diffusers' schedules")
+    train.add_argument("--lr_warmup_steps", type=int, default=0)
+    train.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw8bit", "prodigy"))
+    train.add_argument("--adam_beta1", type=float, default=0.9)
+    train.add_argument("--adam_beta2", type=float, default=0.999)
+    train.add_argument("--adam_weight_decay", type=float, default=1e-2)
+    train.add_argument("--adam_epsilon", type=float, default=1e-8)
+    train.add_argument("--mixed_precision", default=None, choices=("no", "fp16", "bf16"), help="by default accelerate's configuration")
+
+    validation = parser.add_argument_group("validation")
+    validation.add_argument("--validation_prompt", default=None, help="plain prompt with the class noun, e.g. 'a dog in the snow'")
+    validation.add_argument("--validation_steps", type=int, default=100)
+    validation.add_argument("--num_validation_images", type=int, default=4)
+
+    args = parser.parse_args(argv)
+    for name in ("num_tokens", "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps",
+                 "augmentation_variants", "validation_steps", "num_validation_images"):  # fmt: skip
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}")
+    if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
+        parser.error(f"--checkpoints_total_limit has to be at least 1, but is {args.checkpoints_total_limit}")
+    if args.learning_rate is None:
+        args.learning_rate = PRODIGY_LEARNING_RATE if args.optimizer == "prodigy" else ADAMW_LEARNING_RATE
+    args.output_dir = Path(args.output_dir)
+    return args

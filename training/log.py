@@ -1,0 +1,5 @@
+"""The training script's logger."""
+
+import logging
+
+logger = logging.getLogger("degu.training")
