@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 
@@ -146,9 +145,6 @@ class FidelityAttnProcessor(torch.nn.Module):
 def token_attention(attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor, positions: slice) -> torch.Tensor:
     """The columns `positions` of softmax(q k^T * scale), averaged over them and over the heads.
 
-    Attention over values that are 1 at the wanted tokens and 0 elsewhere is the attention to those tokens; so the fused
-    kernel does the work, and the whole (pixels, tokens) map is never in memory.
-
     Args:
         hidden_states: (n, pixels, channels).
         context: (1, tokens, dim), the same for all n.
@@ -165,7 +161,5 @@ def token_attention(attn: Attention, hidden_states: torch.Tensor, context: torch
         key = attn.norm_k(key)
     if attn.upcast_attention:
         query, key = query.float(), key.float()
-    value = torch.zeros_like(key)  # (1, heads, tokens, head_dim): the fused kernels want key and value of one shape
-    value[:, :, positions, 0] = 1 / len(range(*positions.indices(key.shape[2])))
-    key, value = (x.expand(len(query), -1, -1, -1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, scale=attn.scale)[..., 0].float().mean(1)
+    scores = (query * attn.scale) @ key.transpose(2, 3)
+    return scores.softmax(3, dtype=torch.float32)[..., positions].mean((1, 3))

@@ -34,30 +34,24 @@ def histogram_entropy(candidates: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.special.entr(_histograms(bins, torch.float32)).sum(2)
 
 
-@functools.lru_cache(maxsize=16)
-def _gaussian_kernel(kernel_size: int, sigma: float, device: torch.device) -> torch.Tensor:
-    """OpenCV's kernel: exp(-x^2 / (2 sigma^2)), normalised to sum 1; float32 (kernel_size,)."""
-    x = torch.arange(kernel_size, dtype=torch.float64) - (kernel_size - 1) / 2
-    weights = torch.exp(-(x**2) / (2 * sigma**2))
-    return (weights / weights.sum()).float().to(device)
-
-
 @functools.lru_cache(maxsize=64)
-def _reflect_101(size: int, padding: int, device: torch.device) -> torch.Tensor:
-    """Indices that extend `size` samples by `padding` on both sides as OpenCV's default border does: cb|abcd|cb."""
+def _blur_matrix(size: int, kernel_size: int, sigma: float, device: torch.device) -> torch.Tensor:
+    """The one-dimensional blur of `size` samples as a matrix (size, size), with OpenCV's default border: cb|abcd|cb."""
+    offsets = torch.arange(kernel_size) - kernel_size // 2
+    weights = torch.exp(-(offsets.double() ** 2) / (2 * sigma**2))
     period = max(2 * size - 2, 1)
-    i = torch.arange(-padding, size + padding) % period
-    return torch.minimum(i, period - i).clamp_(max=size - 1).to(device)
+    source = (torch.arange(size)[:, None] + offsets) % period  # of every sample and weight
+    source = torch.minimum(source, period - source).clamp_(max=size - 1)
+    matrix = torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, source, (weights / weights.sum()).expand(size, -1))
+    return matrix.float().to(device)
 
 
 def gaussian_blur(maps: torch.Tensor, kernel_size: int, sigma: float) -> torch.Tensor:
     """Blurs float32 maps (n, h, w) as `cv2.GaussianBlur` does, for any size down to 1x1."""
     if kernel_size == 1:
         return maps
-    kernel, pad = _gaussian_kernel(kernel_size, sigma, maps.device), kernel_size // 2
-    rows, columns = (_reflect_101(size, pad, maps.device) for size in maps.shape[1:])
-    padded = maps[:, None].index_select(2, rows).index_select(3, columns)
-    return F.conv2d(padded, torch.outer(kernel, kernel)[None, None])[:, 0]
+    down, across = (_blur_matrix(size, kernel_size, sigma, maps.device) for size in maps.shape[1:])
+    return down @ maps @ across.T
 
 
 def otsu_threshold(candidates: Sequence[torch.Tensor]) -> torch.Tensor:

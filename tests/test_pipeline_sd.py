@@ -393,8 +393,10 @@ def test_ip_adapter(loaded):
     assert not torch.allclose(first, second)
     hosted = [latents_of(loaded, ip_adapter_image_embeds=[e], host_prompt="a dog") for e in embeds]
     assert not torch.allclose(*hosted)
-    unhosted = [latents_of(loaded, ip_adapter_image_embeds=[e], host_prompt="a dog", host_guidance_scale=1e-9) for e in (embeds[0], torch.cat([embeds[0][:1], embeds[1][1:]]))]
-    torch.testing.assert_close(*unhosted)
+    # With a vanishing host the image counts for nothing: what is left of it is rounding, which the steps amplify.
+    images = (embeds[0], torch.cat([embeds[0][:1], embeds[1][1:]]))
+    unhosted = [latents_of(loaded, ip_adapter_image_embeds=[e], host_prompt="a dog", host_guidance_scale=1e-9) for e in images]
+    assert (unhosted[0] - unhosted[1]).abs().max() < 0.01 * (hosted[0] - hosted[1]).abs().max()
     assert loaded.unet.attn_processors == processors and loaded.unet.state_dict().keys() == state.keys()
 
 

@@ -25,7 +25,6 @@ PATTERNS = {  # name -> how a prompt says it; {} is the second colour, or nothin
     "horizontal": "with horizontal {} stripes",
     "vertical": "with vertical {} stripes",
     "dots": "with {} dots",
-    "checks": "with {} checks",
     "twotone": "with a {} bottom",
     "emblem": "with a {} star",
 }

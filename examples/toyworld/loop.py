@@ -24,6 +24,9 @@ def save_atomically(state: dict, path: Path) -> None:
     os.replace(temporary, path)
 
 
+torch.set_flush_denormal(True)
+
+
 def fit(
     modules: torch.nn.ModuleDict,
     loss_of: Callable[[int, np.random.Generator], torch.Tensor],
@@ -46,9 +49,9 @@ def fit(
     device, rank = accelerator.device, accelerator.process_index
     modules.to(device).train()
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75) if ema_decay else None
+    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True) if ema_decay else None
     first = 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)

@@ -12,6 +12,7 @@ from toyworld.silhouettes import ACCESSORY_PARTS, AREAS, SILHOUETTES, Part
 SIZE = 64
 _SUPERSAMPLING = 2
 _FRACTION_BITS = 4  # sub-pixel positions handed to OpenCV, in 1/16 px
+_STRIPE = 0.36  # of the period: the second colour is always the rarer one, so that a picture tells which is which
 
 
 def _draw(canvas: np.ndarray, part: Part, place, colour) -> None:
@@ -30,11 +31,9 @@ def pattern_mask(subject: Subject, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     period, (pu, pv) = subject.pattern_scale, subject.pattern_phase
     cell_u, cell_v = u / period + pu, v / period + pv
     if subject.pattern == "horizontal":
-        return (cell_v % 1.0) < 0.5
+        return (cell_v % 1.0) < _STRIPE
     if subject.pattern == "vertical":
-        return (cell_u % 1.0) < 0.5
-    if subject.pattern == "checks":
-        return ((cell_u % 1.0) < 0.5) ^ ((cell_v % 1.0) < 0.5)
+        return (cell_u % 1.0) < _STRIPE
     if subject.pattern == "dots":
         return (cell_u % 1.0 - 0.5) ** 2 + (cell_v % 1.0 - 0.5) ** 2 < 0.33**2
     if subject.pattern == "twotone":
