@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import inspect
 from dataclasses import dataclass, field
 from typing import Iterator, Mapping
 
@@ -98,9 +98,11 @@ class FidelityStream:
 
 
 def _set_processor(attn: Attention, processor) -> None:
-    # Not `attn.set_processor`, which logs "removing possibly trained weights" each time.
+    # Not `attn.set_processor`, which logs "removing possibly trained weights" each time; and where `Module.__setattr__`
+    # would put it, without its checks, since this happens twice per layer and step.
     attn._modules.pop("processor", None)
-    attn.processor = processor
+    attn.__dict__.pop("processor", None)
+    (attn._modules if isinstance(processor, torch.nn.Module) else attn.__dict__)["processor"] = processor
 
 
 class FidelityAttnProcessor(torch.nn.Module):
@@ -119,7 +121,8 @@ class FidelityAttnProcessor(torch.nn.Module):
         self.stream = stream
         self.layer_name, self.level = layer.name, layer.level
         # `Attention.forward` reads the signature of `processor.__call__` to see which keyword arguments it may pass on.
-        self.__dict__["__call__"] = functools.wraps(inner.__call__)(lambda *args, **kwargs: self(*args, **kwargs))
+        call = self.__dict__["__call__"] = lambda *args, **kwargs: self(*args, **kwargs)
+        call.__signature__ = inspect.signature(inner.__call__)
 
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states=None, *args, **kwargs):
         """`hidden_states` (rows, pixels, channels); `encoder_hidden_states` (rows, tokens, dim), or with an IP-Adapter a

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     args = parser.parse_args()
     dtype = torch.float16 if args.device != "cpu" else torch.float32
-    unet = full_size_unet() if args.full_size else UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet", torch_dtype=torch.float32)
+    unet = full_size_unet() if args.full_size else UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet", dtype=torch.float32)
     unet = unet.to(args.device, dtype).eval()
     n, side, layers = args.images, unet.config.sample_size, cross_attention_layers(unet)
     tokens = 77 if args.full_size else 32

@@ -31,6 +31,7 @@ from degu.training.train_cae import main as train_cae
 MODEL = Path(__file__).parent / "toyworld" / "models" / "sd"
 GUIDANCE = 4.0  # suits a model this small; SD's 7.5 is too much for it
 STEPS = 30
+TRAIN_STEPS = 400
 
 
 def captions_for(noun: str, used_scenes: set[str]) -> list[dict[str, str]]:
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--class_noun", default=None, help="its class; needed with --images")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--output_dir", type=Path, default=Path("output") / "quickstart")
-    parser.add_argument("--train_steps", type=int, default=300)
+    parser.add_argument("--train_steps", type=int, default=TRAIN_STEPS)
     parser.add_argument("--samples", type=int, default=4, help="pictures per prompt and column that are scored")
     args = parser.parse_args()
     if args.images is not None and args.class_noun is None:
@@ -125,7 +126,7 @@ def main() -> None:
     # 5. The scores.
     if args.images is None:  # the oracle knows the toy world only
         oracle = Oracle.load()
-        print(table({name: scores(oracle, images, references, fields) for name, images in made.items()}))
+        print(table({name: scores(oracle, images, subject_of(args.subject), references, fields) for name, images in made.items()}))
     print(f"{args.output_dir}: {trained - started:.0f} s to the embeddings, {time.time() - started:.0f} s in all")
 
 

@@ -21,7 +21,7 @@ from quickstart import GUIDANCE, MODEL, caption_text, captions_for, starting_noi
 from toyworld.oracle import Oracle
 from toyworld.references import reference_pictures, rendered, subject_of
 from toyworld.renderer import render
-from toyworld.scores import scores, table
+from toyworld.scores import iou, scores, table
 
 from degu.attention_processors import AttentionMaps, FidelityStream, cross_attention_layers
 from degu.pipelines import StableDiffusionDeGuPipeline
@@ -75,10 +75,8 @@ def mask_overlaps(pipe, folder: Path, steps: int) -> dict[str, dict[str, float]]
             for chosen in ((levels[0],), (levels[1],), tuple(levels[:2])):
                 for kernel, sigma in ((1, 1.0), (3, 0.5), (3, 1.0), (5, 1.0), (5, 2.0)):
                     masks, _ = subject_masks([by_level[i] for i in chosen], tuple(latents.shape[-2:]), invert=config.invert, kernel_size=kernel, sigma=sigma)
-                    masks = masks.bool()
-                    iou = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2)).clamp_min(1)
                     row = overlaps.setdefault((token, " + ".join(f"1/{2**i}" for i in chosen), f"{kernel}, {sigma:g}"), {})
-                    row.setdefault(f"t = {t}", []).append(float(iou.mean()))
+                    row.setdefault(f"t = {t}", []).append(float(iou(masks.bool(), truth.bool()).mean()))
         pipe.unload_cae_embeddings("subject")
     result = {}
     for (token, resolutions, blur), row in overlaps.items():
@@ -96,7 +94,7 @@ def generation_scores(pipe, oracle: Oracle, adapters: dict[int, Path], **options
         fields = captions_for(subject_of(subject).kind, {p.scene for p in pictures}) * 2
         latents = starting_noise(pipe, len(fields), seed=subject)
         images = pipe([caption_text(f) for f in fields], guidance_scale=GUIDANCE, num_inference_steps=20, latents=latents, **options).images
-        collected.append(scores(oracle, images, rendered(pictures), fields))
+        collected.append(scores(oracle, images, subject_of(subject), rendered(pictures), fields))
         pipe.unload_cae_embeddings("subject")
     return {name: float(np.mean([c[name] for c in collected])) for name in collected[0]}
 

@@ -88,7 +88,7 @@ def test_captions_say_what_is_there_and_about_half_of_it():
         counts["scene"].append(SCENES[picture.scene] in text)
         before = words[: words.index(picture.subject.kind)] if picture.subject.kind in words else []
         counts["colour"].append(picture.subject.colour.name in before)
-        counts["pattern"].append(any(w in words for w in ("plain", "stripes", "dots", "checks", "bottom", "star")))
+        counts["pattern"].append(any(w in words for w in ("plain", "stripes", "dots", "bottom", "star")))
     shares = {name: np.mean(values) for name, values in counts.items()}
     assert shares["class"] > 0.9 and 0.6 < shares["scene"] < 0.8
     assert 0.4 < shares["colour"] < 0.6 and 0.4 < shares["pattern"] < 0.6

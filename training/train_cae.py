@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         backbone.vae.to("cpu")  # only the latents are needed from here on
     embeddings, optimizer, schedule = accelerator.prepare(learned, optimizer, schedule)
 
-    run = {name: getattr(args, name) for name in _RUN}
+    run = {name: getattr(args, name) for name in _RUN} | {"joint batch": joint_batch}
     step = 0
     if resume is not None:
         state = load_state(resume)

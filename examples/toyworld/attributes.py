@@ -117,7 +117,7 @@ class Picture:
             subject=subject or (None if rng.random() < empty else Subject.sample(rng)),
             scene=scene or str(rng.choice(list(SCENES))),
             scene_seed=int(rng.integers(2**31)),
-            area=float(rng.uniform(0.15, 0.36)),
+            area=float(rng.uniform(0.22, 0.36)),
             position=tuple(float(p) for p in rng.uniform(-1, 1, 2)),
             mirrored=bool(rng.random() < 0.5),
         )

@@ -29,7 +29,8 @@ FIELDS = {
     "accessory": [*ACCESSORIES, NONE],
     "accessory_colour": list(COLOURS),
 }
-EMBEDDING = 64
+COLOUR_FIELDS = ("colour", "second_colour")
+EMBEDDING = 48
 
 
 def fields_of(picture: Picture) -> dict[str, str]:
@@ -57,18 +58,27 @@ class _Block(nn.Module):
 
 @dataclass
 class Reading:
-    """What the oracle sees in n pictures: ``logits`` by field (n, values), unit vectors ``clip`` and ``identity`` (n, 64).
+    """What the oracle sees in n pictures.
 
-    ``clip`` shares its space with captions (CLIP-I, CLIP-T); ``identity`` is alike for pictures of one subject in
-    different scenes and poses (DINO).
+    Attributes:
+        logits: by field, (n, values).
+        rgb: the subject's two exact colours by field, (n, 3) in 0..1.
+        region: logits of where the subject is, (n, 16, 16).
+        clip: unit vectors (n, 48) that share their space with captions (CLIP-I, CLIP-T).
+        identity: unit vectors (n, 48), alike for pictures of one subject in different scenes and poses (DINO).
     """
 
     logits: dict[str, torch.Tensor]
+    rgb: dict[str, torch.Tensor]
+    region: torch.Tensor
     clip: torch.Tensor
     identity: torch.Tensor
 
+    def value(self, field: str, picture: int) -> str:
+        return FIELDS[field][int(self.logits[field][picture].argmax())]
+
     def values(self, field: str) -> list[str]:
-        return [FIELDS[field][i] for i in self.logits[field].argmax(1).tolist()]
+        return [self.value(field, i) for i in range(len(self.clip))]
 
 
 class Oracle(nn.Module):
@@ -78,25 +88,30 @@ class Oracle(nn.Module):
             nn.Conv2d(3, 32, 4, stride=2, padding=1), _Block(32),
             nn.Conv2d(32, 64, 4, stride=2, padding=1), _Block(64),
             nn.Conv2d(64, 96, 4, stride=2, padding=1), _Block(96), _Block(96),
-            nn.Conv2d(96, 128, 4, stride=2, padding=1), nn.GroupNorm(8, 128), nn.SiLU(),
         )  # fmt: skip
+        self.pool = nn.Sequential(nn.Conv2d(96, 128, 4, stride=2, padding=1), nn.GroupNorm(8, 128), nn.SiLU())
         self.mix = nn.Sequential(nn.Linear(128 * 16, 128), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(values)) for name, values in FIELDS.items()})
+        self.rgb = nn.ModuleDict({name: nn.Linear(128, 3) for name in COLOUR_FIELDS})
+        self.region = nn.Sequential(nn.Conv2d(96, 4, 1), nn.PixelShuffle(2))
         self.clip = nn.Linear(128, EMBEDDING)
         self.identity = nn.Linear(128, EMBEDDING)
         self.words = nn.ModuleDict({name: nn.Embedding(len(values), EMBEDDING) for name, values in FIELDS.items()})
 
     def forward(self, images: torch.Tensor) -> Reading:
         """``images``: (n, 3, 64, 64) in -1..1."""
-        state = self.mix(self.trunk(images).flatten(1))
+        features = self.trunk(images)
+        state = self.mix(self.pool(features).flatten(1))
         return Reading(
-            {name: head(state) for name, head in self.heads.items()},
-            F.normalize(self.clip(state), dim=1),
-            F.normalize(self.identity(state), dim=1),
+            logits={name: head(state) for name, head in self.heads.items()},
+            rgb={name: head(state) for name, head in self.rgb.items()},
+            region=self.region(features)[:, 0],
+            clip=F.normalize(self.clip(state), dim=1),
+            identity=F.normalize(self.identity(state), dim=1),
         )
 
     def embed_captions(self, captions: Sequence[dict[str, str]]) -> torch.Tensor:
-        """Unit vectors (n, 64) of captions, given as the attributes that they name."""
+        """Unit vectors (n, 48) of captions, given as the attributes that they name."""
         sums = []
         for fields in captions:
             rows = [self.words[name].weight[FIELDS[name].index(value)] for name, value in fields.items()]

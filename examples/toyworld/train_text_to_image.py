@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, required=True, help="where latents and the checkpoint to resume from lie")
-    parser.add_argument("--pictures", type=int, default=14000, help="per process")
+    parser.add_argument("--pictures", type=int, default=12000, help="per process")
     parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--stop_at", type=int, default=None)
     parser.add_argument("--batch", type=int, default=16, help="per process")
@@ -87,7 +87,7 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)  # the same initial weights in every process
     rank = Accelerator().process_index
-    vae = AutoencoderKL.from_pretrained(args.output_dir, subfolder="vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(args.output_dir, subfolder="tokenizer")
     encoder = CLIPTextModel.from_pretrained(args.output_dir, subfolder="text_encoder").float().eval().requires_grad_(False)
     unet, scheduler = new_unet().to(memory_format=torch.channels_last), new_scheduler()

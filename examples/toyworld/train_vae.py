@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.decoder_only:
-        vae = AutoencoderKL.from_pretrained(args.output_dir, subfolder="vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32)
         vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
         args.full_size_steps = args.steps
     else:
