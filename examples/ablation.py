@@ -76,7 +76,7 @@ def main() -> None:
             print(f"{subject} ({identity.colour.name} {identity.kind}, {identity.second_colour.name} {identity.pattern}): mask IoU {overlap:.2f};",
                   ", ".join(f"{name} {row['fidelity']:.2f}/{row['editability']:.2f}" for name, row in columns.items()), flush=True)  # fmt: skip
     print(table({name: {k: float(np.mean([row[k] for row in rows])) for k in rows[0]} for name, rows in collected.items()}))
-    print(f"{len(overlaps)} subjects x {args.scenes} scenes x {args.seeds} seeds; mean IoU of the last masks with the oracle's region: {np.mean(overlaps):.2f}")
+    print(f"Subjects: {len(overlaps)}; scenes: {args.scenes}; pictures of each: {args.seeds}; mean IoU of the last masks with the oracle's region: {np.mean(overlaps):.2f}")
 
 
 if __name__ == "__main__":

@@ -33,3 +33,10 @@ def test_quickstart_on_own_pictures(tmp_path):
 
 def test_benchmark_prints_a_ratio():
     assert "ratio" in run("examples/benchmark.py", "--repeats", "2")
+
+
+def test_ablation():
+    printed = run("examples/ablation.py", "--subjects", "10", "--scenes", "2", "--seeds", "1", "--train_steps", "2")
+    for column in ("class noun", "CAE in the prompt", "DGM", "DGM + TCAM"):
+        assert f"| {column} |" in printed
+    assert "Subjects: 1; scenes: 2" in printed and "IoU" in printed

@@ -170,10 +170,11 @@ def test_a_wrong_checkpoint_is_an_error(base, photos, tmp_path, wanted):
         main(flags(base, photos, tmp_path, resume_from_checkpoint=wanted))
 
 
-def test_resuming_with_other_settings_is_an_error(base, photos, tmp_path):
-    main(flags(base, photos, tmp_path, steps=2, checkpointing_steps=2))
-    with pytest.raises(ValueError, match="num_tokens"):
-        main(flags(base, photos, tmp_path, num_tokens=3, resume_from_checkpoint="latest"))
+@pytest.mark.parametrize("changed, name", [({"num_tokens": 3}, "num_tokens"), ({"gradient_accumulation_steps": 3}, "joint batch")])
+def test_resuming_with_other_settings_is_an_error(base, photos, tmp_path, changed, name):
+    main(flags(base, photos, tmp_path, steps=2, checkpointing_steps=2, no_scale_lr=True))
+    with pytest.raises(ValueError, match=name):
+        main(flags(base, photos, tmp_path, resume_from_checkpoint="latest", no_scale_lr=True, **changed))
 
 
 def test_old_checkpoints_are_dropped(base, photos, tmp_path):

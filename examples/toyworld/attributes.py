@@ -80,7 +80,7 @@ class Subject:
             colour=colour,
             second_colour=Colour.sample(rng, exclude=(colour.name,)),
             pattern=pattern or str(rng.choice(list(PATTERNS))),
-            pattern_scale=float(rng.uniform(0.50, 0.80)),
+            pattern_scale=float(rng.uniform(0.70, 1.00)),
             pattern_phase=tuple(float(p) for p in rng.uniform(0, 1, 2)),
         )
 
@@ -119,7 +119,7 @@ class Picture:
             scene_seed=int(rng.integers(2**31)),
             area=float(rng.uniform(0.22, 0.36)),
             position=tuple(float(p) for p in rng.uniform(-1, 1, 2)),
-            mirrored=bool(rng.random() < 0.5),
+            mirrored=bool(rng.random() < 0.25),
         )
         if picture.subject is not None and rng.random() < accessorised:
             picture = replace(

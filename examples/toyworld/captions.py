@@ -38,7 +38,8 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
     scene = picture.scene if picture.subject is None or rng.random() < 0.7 else None
     if picture.subject is None or rng.random() < 0.04:
         return prompt(None, picture.scene)
-    says = rng.random(5) < (0.5, 0.5, 0.5, 0.8, 0.7)
+    says = rng.random(5) < (0.5, 0.6, 0.8, 0.8, 0.7)
+    says[2] ^= not says[1]  # whoever names the pattern mostly says its colour too, who does not mostly leaves both out
     patterned = picture.subject.pattern != "plain"
     return prompt(
         picture.subject.kind,

@@ -30,9 +30,9 @@ def read_back(pipe, oracle: Oracle, captions: list[dict[str, str]], guidance_sca
         prompts = [prompt(c["kind"], **{k: v for k, v in c.items() if k != "kind"}) for c in part]
         images = pipe(prompts, guidance_scale=guidance_scale, num_inference_steps=steps, generator=generator).images
         reading = oracle.read(images)
-        for field in part[0]:
-            values = reading.values(field)
-            hits.setdefault(field, []).extend(v == c[field] for v, c in zip(values, part))
+        for i, fields in enumerate(part):
+            for field, value in fields.items():
+                hits.setdefault(field, []).append(reading.value(field, i) == value)
     return {field: float(np.mean(values)) for field, values in hits.items()}
 
 
@@ -47,10 +47,17 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     print(f"autoencoder: {psnr(pipe.vae, pictures(np.random.default_rng(10**9), 500)):.2f} dB PSNR on 500 fresh renderings")
     print("oracle on 2,000 fresh renderings:", {name: round(value, 3) for name, value in accuracies(oracle).items()})
+    colours = list(COLOURS)
+    looks = [
+        {"kind": k, "colour": colours[i], "pattern": p} | ({"second_colour": colours[(i + j + 1) % len(colours)]} if p != "plain" else {})
+        for i, k in enumerate(CLASSES)
+        for j, p in enumerate(PATTERNS)
+    ]
     captions = {
         "class x scene": [{"kind": k, "scene": s} for k in CLASSES for s in SCENES],
-        "named colour": [{"kind": k, "colour": c} for k in CLASSES for c in COLOURS],
-        "named pattern": [{"kind": k, "pattern": p} for k in CLASSES for p in PATTERNS],
+        "class x colour": [{"kind": k, "colour": c} for k in CLASSES for c in COLOURS],
+        "class x pattern, both colours named": looks,
+        "class x pattern, no colour named": [{"kind": k, "pattern": p} for k in CLASSES for p in PATTERNS],
     }
     for name, group in captions.items():
         found = read_back(pipe, oracle, group * args.repeats, args.guidance_scale, args.steps, seed=0)

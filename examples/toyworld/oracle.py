@@ -98,6 +98,10 @@ class Oracle(nn.Module):
         self.identity = nn.Linear(128, EMBEDDING)
         self.words = nn.ModuleDict({name: nn.Embedding(len(values), EMBEDDING) for name, values in FIELDS.items()})
 
+    @property
+    def device(self) -> torch.device:
+        return self.clip.weight.device
+
     def forward(self, images: torch.Tensor) -> Reading:
         """``images``: (n, 3, 64, 64) in -1..1."""
         features = self.trunk(images)

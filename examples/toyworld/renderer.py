@@ -39,7 +39,7 @@ def pattern_mask(subject: Subject, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if subject.pattern == "twotone":
         return v > 0.35 * (pv - 0.5) + 0.15
     if subject.pattern == "emblem":
-        return _star((u + 0.1) / (period * 0.75), (v - 0.22) / (period * 0.75))
+        return _star((u + 0.1) / (period * 0.55), (v - 0.22) / (period * 0.55))
     return np.zeros(u.shape, bool)
 
 

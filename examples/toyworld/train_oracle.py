@@ -37,12 +37,12 @@ def reading_loss(reading: Reading, masks: torch.Tensor, pictures: list[Picture])
     """Cross-entropy of every field over the pictures that have it, and of the region; absolute error of the exact colours."""
     loss, attributes = 0.0, [fields_of(p) for p in pictures]
     for name, values in FIELDS.items():
-        target = torch.tensor([values.index(f[name]) if name in f else -1 for f in attributes])
+        target = torch.tensor([values.index(f[name]) if name in f else -1 for f in attributes], device=masks.device)
         if (target >= 0).any():
             loss = loss + F.cross_entropy(reading.logits[name], target, ignore_index=-1)
     for name in COLOUR_FIELDS:
         there = [i for i, f in enumerate(attributes) if name in f]
-        exact = torch.tensor([getattr(pictures[i].subject, name).rgb for i in there])
+        exact = torch.tensor([getattr(pictures[i].subject, name).rgb for i in there], device=masks.device)
         loss = loss + 3 * F.l1_loss(reading.rgb[name][there], exact)
     return loss + F.binary_cross_entropy_with_logits(reading.region, masks)
 
@@ -54,14 +54,14 @@ def matching_loss(oracle: Oracle, reading: Reading, pictures: list[Picture], rng
         kept = {name: value for name, value in fields.items() if rng.random() < 0.6}
         captions.append(kept or {"scene": fields["scene"]})
     logits = reading.clip @ oracle.embed_captions(captions).T / TEMPERATURE
-    target = torch.arange(len(pictures))
+    target = torch.arange(len(pictures), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def identity_loss(reading: Reading) -> torch.Tensor:
     """InfoNCE over the two halves: the other picture of the same subject is the match."""
     first, second = reading.identity.chunk(2)
-    logits, target = first @ second.T / TEMPERATURE, torch.arange(len(first))
+    logits, target = first @ second.T / TEMPERATURE, torch.arange(len(first), device=first.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
@@ -118,6 +118,7 @@ def main() -> None:
     def loss_of(step: int, rng: np.random.Generator) -> torch.Tensor:
         fresh, restored = pairs(rng, args.pairs), pool[int(rng.integers(len(pool)))]
         images, masks, pictures = map(halves_joined, fresh, restored)
+        images, masks = images.to(oracle.device), masks.to(oracle.device)
         with torch.autocast(images.device.type, torch.bfloat16):
             reading = oracle(images + 0.03 * torch.randn_like(images))
             loss = reading_loss(reading, masks, pictures)
@@ -125,7 +126,7 @@ def main() -> None:
 
     module = torch.nn.ModuleDict({"oracle": oracle})
     if fit(module, loss_of, args.work_dir / "oracle.pt", args.steps, 2e-3, weight_decay=0.05, ema_decay=0.995):
-        oracle.save(args.output_dir / "oracle" / "oracle.safetensors")
+        oracle.cpu().save(args.output_dir / "oracle" / "oracle.safetensors")
         print({name: round(value, 4) for name, value in accuracies(oracle).items()})
 
 

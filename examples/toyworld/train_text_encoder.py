@@ -96,10 +96,10 @@ def main() -> None:
     def loss_of(step: int, rng: np.random.Generator) -> torch.Tensor:
         batch = [random_fields(rng) for _ in range(args.batch)]
         tokens = tokenizer([prompt(f.get("kind"), **{k: v for k, v in f.items() if k != "kind"}) for f in batch], padding=True, return_tensors="pt")
-        state = encoder(tokens.input_ids).pooler_output
-        loss = torch.zeros(())
+        state = encoder(tokens.input_ids.to(encoder.device)).pooler_output
+        loss = torch.zeros((), device=state.device)
         for name, values in FIELDS.items():
-            target = torch.tensor([values.index(f[name]) + 1 if name in f else 0 for f in batch])
+            target = torch.tensor([values.index(f[name]) + 1 if name in f else 0 for f in batch], device=state.device)
             loss = loss + torch.nn.functional.cross_entropy(heads[name](state), target)
         return loss
 

@@ -82,7 +82,7 @@ def main() -> None:
             images = torch.cat(crops)
         else:
             images = pictures(rng, args.batch // 4)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.to(vae.device, memory_format=torch.channels_last)
         posterior = vae.encode(images).latent_dist
         latents = posterior.sample()
         loss = error_of(vae.decode(latents).sample - images) + KL_WEIGHT * posterior.kl().mean() / latents[0].numel()
@@ -93,7 +93,7 @@ def main() -> None:
 
     if not fit(module, loss_of, checkpoint, args.steps, args.learning_rate, ema_decay=0.995):
         return
-    images = pictures(np.random.default_rng(10**9), 256)
+    images = pictures(np.random.default_rng(10**9), 256).to(vae.device)
     if not args.decoder_only:
         with torch.no_grad():
             vae.register_to_config(scaling_factor=round(1 / float(vae.encode(images).latent_dist.mode().std()), 5))
