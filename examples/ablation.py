@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from diffusers.utils import logging as diffusers_logging
-from quickstart import GUIDANCE, MODEL, STEPS, TRAIN_STEPS, caption_text, starting_noise
+from quickstart import GUIDANCE, MODEL, RESOLUTIONS, STEPS, TRAIN_STEPS, caption_text, starting_noise
 from sweep import trained
 from toyworld.attributes import SCENES
 from toyworld.oracle import Oracle
@@ -40,7 +40,7 @@ def scored_columns(pipe, unified, oracle: Oracle, subject: int, cae: Path, scene
     }
     pipe.disable_tcam()
     made["DGM"] = pipe(prompts, guidance_scale=GUIDANCE, **shared).images
-    pipe.enable_tcam()
+    pipe.enable_tcam(resolutions=RESOLUTIONS)
     degu = pipe(prompts, guidance_scale=GUIDANCE, **shared)
     made["DGM + TCAM"] = degu.images
     for p in (pipe, unified):

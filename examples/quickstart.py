@@ -31,6 +31,7 @@ from degu.training.train_cae import main as train_cae
 MODEL = Path(__file__).parent / "toyworld" / "models" / "sd"
 GUIDANCE = 4.0  # suits a model this small; SD's 7.5 is too much for it
 STEPS = 30
+RESOLUTIONS = (1,)  # masks from the 16x16 maps, as large as the latents here; the 8x8 ones are too coarse (sweep.md)
 TRAIN_STEPS = 400
 
 
@@ -102,7 +103,7 @@ def main() -> None:
     made["CAE in the prompt"] = unified.generate(prompts, noun, GUIDANCE, **shared)
     pipe.disable_tcam()
     made["DGM"] = pipe(prompts, guidance_scale=GUIDANCE, **shared).images
-    pipe.enable_tcam()
+    pipe.enable_tcam(resolutions=RESOLUTIONS)
     degu = pipe(prompts, guidance_scale=GUIDANCE, **shared)
     made["DeGu"] = degu.images
     masks = degu.subject_masks.numpy()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from quickstart import GUIDANCE, MODEL, TRAIN_STEPS, caption_text, captions_for, starting_noise
+from quickstart import GUIDANCE, MODEL, RESOLUTIONS, TRAIN_STEPS, caption_text, captions_for, starting_noise
 from toyworld.oracle import Oracle
 from toyworld.references import reference_pictures, rendered, subject_of
 from toyworld.renderer import render
@@ -101,6 +101,7 @@ def generation_scores(pipe, oracle: Oracle, adapters: dict[int, Path], **options
 
 def training_sweep(pipe, oracle: Oracle, folder: Path, steps: int) -> dict[str, dict[str, float]]:
     rows = {}
+    pipe.enable_tcam(resolutions=RESOLUTIONS)
     for rate, decay in ((2.5e-4, 1e-2), (5e-4, 1e-2), (1e-3, 1e-2), (2e-3, 1e-2), (5e-4, 1e-1)):
         adapters = {s: trained(s, folder, steps, "--learning_rate", str(rate), "--adam_weight_decay", str(decay)) for s in SUBJECTS}
         rows[f"learning rate {rate:g}, weight decay {decay:g}"] = generation_scores(pipe, oracle, adapters)
@@ -113,7 +114,7 @@ def guidance_sweep(pipe, oracle: Oracle, folder: Path, steps: int) -> dict[str, 
         pipe.disable_tcam()
         rows[f"w_f {w_f:g}, no mask"] = generation_scores(pipe, oracle, adapters, fidelity_guidance_scale=w_f)
         for start in (0.1, 0.2, 0.4):
-            pipe.enable_tcam(start=start)
+            pipe.enable_tcam(start=start, resolutions=RESOLUTIONS)
             rows[f"w_f {w_f:g}, start {start:g}"] = generation_scores(pipe, oracle, adapters, fidelity_guidance_scale=w_f)
     return rows
 

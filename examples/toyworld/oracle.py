@@ -29,7 +29,6 @@ FIELDS = {
     "accessory": [*ACCESSORIES, NONE],
     "accessory_colour": list(COLOURS),
 }
-COLOUR_FIELDS = ("colour", "second_colour")
 EMBEDDING = 48
 
 
@@ -44,6 +43,11 @@ def fields_of(picture: Picture) -> dict[str, str]:
     if picture.accessory is not None:
         fields["accessory_colour"] = picture.accessory_colour.name
     return fields
+
+
+def stacked(images: Sequence) -> torch.Tensor:
+    """PIL pictures or uint8 RGB arrays as one tensor (n, 3, h, w) in 0..1."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
 
 
 class _Block(nn.Module):
@@ -62,14 +66,12 @@ class Reading:
 
     Attributes:
         logits: by field, (n, values).
-        rgb: the subject's two exact colours by field, (n, 3) in 0..1.
         region: logits of where the subject is, (n, 16, 16).
         clip: unit vectors (n, 48) that share their space with captions (CLIP-I, CLIP-T).
         identity: unit vectors (n, 48), alike for pictures of one subject in different scenes and poses (DINO).
     """
 
     logits: dict[str, torch.Tensor]
-    rgb: dict[str, torch.Tensor]
     region: torch.Tensor
     clip: torch.Tensor
     identity: torch.Tensor
@@ -92,7 +94,6 @@ class Oracle(nn.Module):
         self.pool = nn.Sequential(nn.Conv2d(96, 128, 4, stride=2, padding=1), nn.GroupNorm(8, 128), nn.SiLU())
         self.mix = nn.Sequential(nn.Linear(128 * 16, 128), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(values)) for name, values in FIELDS.items()})
-        self.rgb = nn.ModuleDict({name: nn.Linear(128, 3) for name in COLOUR_FIELDS})
         self.region = nn.Sequential(nn.Conv2d(96, 4, 1), nn.PixelShuffle(2))
         self.clip = nn.Linear(128, EMBEDDING)
         self.identity = nn.Linear(128, EMBEDDING)
@@ -108,7 +109,6 @@ class Oracle(nn.Module):
         state = self.mix(self.pool(features).flatten(1))
         return Reading(
             logits={name: head(state) for name, head in self.heads.items()},
-            rgb={name: head(state) for name, head in self.rgb.items()},
             region=self.region(features)[:, 0],
             clip=F.normalize(self.clip(state), dim=1),
             identity=F.normalize(self.identity(state), dim=1),
@@ -125,8 +125,7 @@ class Oracle(nn.Module):
     @torch.no_grad()
     def read(self, images) -> Reading:
         """Reads PIL pictures or uint8 RGB arrays of 64x64 pixels."""
-        stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        return self(stacked.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        return self(stacked(images).to(self.device) * 2 - 1)
 
     def save(self, path: Path = WEIGHTS) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,14 +8,22 @@ import numpy as np
 import torch
 
 from toyworld.attributes import Subject
-from toyworld.oracle import Oracle
+from toyworld.oracle import Oracle, stacked
 
-COLOUR_TOLERANCE = 0.2  # Euclidean distance in RGB, 0..1; named colours are at least twice as far apart
+COLOUR_DISTANCE = 0.2  # Euclidean, in RGB of 0..1, within which two colours count as the same; names are about 0.4 apart
+COLOUR_SHARE = 0.1  # of the subject's region that has to have a colour for it to count as read
 
 
-def is_near(found: torch.Tensor, wanted: Sequence[float]) -> bool:
-    """Whether two colours count as the same."""
-    return float((found - torch.tensor(wanted)).norm()) <= COLOUR_TOLERANCE
+def shows_colour(images: Sequence, region: torch.Tensor, rgb: Sequence[float]) -> torch.Tensor:
+    """Whether the subject has this very colour, (n,) bool: near it are `COLOUR_SHARE` of the pixels in `region`.
+
+    `region`: the oracle's logits (n, 16, 16). Calibrated on renderings: of subjects' own colours it finds 98 to 100 %, of
+    colours of another name 5 %.
+    """
+    pixels = stacked(images)
+    inside = torch.nn.functional.interpolate((region > 0).float()[:, None], pixels.shape[-2:])[:, 0] > 0
+    near = (pixels - torch.tensor(rgb)[:, None, None]).norm(dim=1) <= COLOUR_DISTANCE
+    return (near & inside).sum((1, 2)) >= COLOUR_SHARE * inside.sum((1, 2)).clamp_min(1)
 
 
 def iou(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -23,19 +31,20 @@ def iou(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2)).clamp_min(1)
 
 
+@torch.no_grad()
 def scores(oracle: Oracle, images: Sequence, subject: Subject, references: Sequence, captions: Sequence[dict[str, str]]) -> dict[str, float]:
     """Mean scores of `images` that should show `subject` as in `references`, where `captions` say (the attributes each names).
 
-    class, colour, second colour, pattern: share of the pictures in which the oracle reads the subject's own, the exact
-    colours within `COLOUR_TOLERANCE`. fidelity is their mean, editability the share in which it reads the caption's scene,
+    class, colour, second colour, pattern: share of the pictures with the subject's own, read by the oracle or, the exact
+    colours, by `shows_colour`. fidelity is their mean, editability the share in which it reads the caption's scene,
     overall the mean of the two. accessory: share of the captions that name one. clip_i, dino: cosine similarity to each
     reference, dino by the oracle's identity embedding; clip_t: to the caption.
     """
     made, real = oracle.read(images), oracle.read(references)
     result = {
         "class": np.mean([value == subject.kind for value in made.values("kind")]),
-        "colour": np.mean([is_near(rgb, subject.colour.rgb) for rgb in made.rgb["colour"]]),
-        "second colour": np.mean([is_near(rgb, subject.second_colour.rgb) for rgb in made.rgb["second_colour"]]),
+        "colour": shows_colour(images, made.region, subject.colour.rgb).float().mean(),
+        "second colour": shows_colour(images, made.region, subject.second_colour.rgb).float().mean(),
         "pattern": np.mean([value == subject.pattern for value in made.values("pattern")]),
     }
     result["fidelity"] = np.mean(list(result.values()))

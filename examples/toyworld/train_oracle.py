@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL
 
 from toyworld.attributes import Picture, Subject
 from toyworld.loop import fit
-from toyworld.oracle import COLOUR_FIELDS, FIELDS, Oracle, Reading, fields_of
+from toyworld.oracle import FIELDS, Oracle, Reading, fields_of
 from toyworld.renderer import render
-from toyworld.scores import iou, is_near
+from toyworld.scores import iou, shows_colour
 
 TEMPERATURE = 0.1
 
@@ -34,16 +34,12 @@ def pairs(rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def reading_loss(reading: Reading, masks: torch.Tensor, pictures: list[Picture]) -> torch.Tensor:
-    """Cross-entropy of every field over the pictures that have it, and of the region; absolute error of the exact colours."""
+    """Cross-entropy of every field over the pictures that have it, and of the region."""
     loss, attributes = 0.0, [fields_of(p) for p in pictures]
     for name, values in FIELDS.items():
         target = torch.tensor([values.index(f[name]) if name in f else -1 for f in attributes], device=masks.device)
         if (target >= 0).any():
             loss = loss + F.cross_entropy(reading.logits[name], target, ignore_index=-1)
-    for name in COLOUR_FIELDS:
-        there = [i for i, f in enumerate(attributes) if name in f]
-        exact = torch.tensor([getattr(pictures[i].subject, name).rgb for i in there], device=masks.device)
-        loss = loss + 3 * F.l1_loss(reading.rgb[name][there], exact)
     return loss + F.binary_cross_entropy_with_logits(reading.region, masks)
 
 
@@ -78,7 +74,7 @@ def _halves(batch):
 @torch.no_grad()
 def accuracies(oracle: Oracle, count: int = 2000, seed: int = 10**9) -> dict[str, float]:
     """How well fresh renderings are read: by field, the share read correctly of the pictures that have the field; of the exact
-    colours, the share within `COLOUR_TOLERANCE`; of the region, the mean IoU."""
+    colours, the share found by `shows_colour`; of the region, the mean IoU."""
     rng = np.random.default_rng(seed)
     found: dict[str, list[float]] = {}
     for _ in range(count // 100):
@@ -88,9 +84,9 @@ def accuracies(oracle: Oracle, count: int = 2000, seed: int = 10**9) -> dict[str
         for i, (picture, fields) in enumerate(zip(pictures, map(fields_of, pictures))):
             for name, value in fields.items():
                 found.setdefault(name, []).append(reading.value(name, i) == value)
-                if name in COLOUR_FIELDS:
-                    near = is_near(reading.rgb[name][i], getattr(picture.subject, name).rgb)
-                    found.setdefault(f"exact {name}", []).append(near)
+                if name in ("colour", "second_colour"):
+                    shown = shows_colour(images[i : i + 1], reading.region[i : i + 1], getattr(picture.subject, name).rgb)
+                    found.setdefault(f"exact {name}", []).append(bool(shown))
         truth = F.avg_pool2d(torch.from_numpy(np.stack(masks)).float(), 4) > 0.5
         overlap = iou(reading.region > 0, truth)
         found.setdefault("region, IoU", []).extend(overlap[truth.any(2).any(1)].tolist())
