@@ -15,6 +15,7 @@ from toyworld.captions import caption, prompt
 from toyworld.oracle import WEIGHTS, Oracle
 from toyworld.references import reference_pictures, rendered
 from toyworld.renderer import render
+from toyworld.scores import shows_colour
 from toyworld.train_oracle import accuracies
 from toyworld.train_vae import pictures, psnr
 
@@ -125,14 +126,24 @@ def test_every_caption_word_is_one_token():
 
 def test_the_autoencoder_restores_pictures():
     vae = StableDiffusionPipeline.from_pretrained(SHIPPED).vae
-    assert psnr(vae, pictures(np.random.default_rng(5), 64)) >= 27
+    assert psnr(vae, pictures(np.random.default_rng(5), 64)) >= 28
 
 
 def test_the_oracle_reads_renderings():
-    """The colours are read far less often than the rest: in stripes and checks of equal width the two are interchangeable."""
     found = accuracies(Oracle.load(), count=600, seed=5)
-    assert found["kind"] >= 0.92 and found["scene"] >= 0.98 and found["pattern"] >= 0.78
-    assert found["colour"] >= 0.66 and found["second_colour"] >= 0.52
+    assert found["kind"] >= 0.97 and found["scene"] >= 0.97
+    assert min(found[name] for name in ("colour", "second_colour", "pattern")) >= 0.9
+    assert found["exact colour"] >= 0.95 and found["exact second_colour"] >= 0.9 and found["region, IoU"] >= 0.8
+
+
+def test_exact_colours_are_not_found_where_they_are_not():
+    rng = np.random.default_rng(0)
+    subject = Subject.sample(rng, kind="mug", pattern="dots")
+    images = [render(Picture.sample(rng, subject=subject))[0] for _ in range(20)]
+    region = Oracle.load().read(images).region
+    absent = [rgb for name, hsv in COLOURS.items() if name not in (subject.colour.name, subject.second_colour.name) for rgb in [colorsys.hsv_to_rgb(*hsv)]]
+    assert shows_colour(images, region, subject.colour.rgb).all()
+    assert np.mean([shows_colour(images, region, rgb).float().mean() for rgb in absent]) < 0.15
 
 
 def test_the_oracles_embeddings_tell_subjects_apart():
@@ -144,8 +155,8 @@ def test_the_oracles_embeddings_tell_subjects_apart():
     assert (similarity.argmax(1) == torch.arange(24)).float().mean() > 0.7
 
 
-def test_the_stock_pipeline_follows_scenes_and_colours():
-    """Not yet classes: the shipped denoiser's training is unfinished, see the toy world's README."""
+def test_the_stock_pipeline_follows_prompts():
+    """In class, scene and colour. Not yet in every pattern: see the toy world's README."""
     pipe = StableDiffusionPipeline.from_pretrained(SHIPPED)
     pipe.set_progress_bar_config(disable=True)
     wanted = [("dog", "snow", "red"), ("car", "desert", "blue"), ("fish", "water", "yellow"), ("robot", "night", "white"),
@@ -153,4 +164,5 @@ def test_the_stock_pipeline_follows_scenes_and_colours():
     images = pipe([prompt(*w) for w in wanted], guidance_scale=4.0, num_inference_steps=15, generator=torch.Generator().manual_seed(0)).images
     reading = Oracle.load().read(images)
     assert sum(a == b for a, (_, b, _) in zip(reading.values("scene"), wanted)) >= 7
-    assert sum(a == b for a, (_, _, b) in zip(reading.values("colour"), wanted)) >= 5
+    assert sum(a == b for a, (b, _, _) in zip(reading.values("kind"), wanted)) >= 7
+    assert sum(a == b for a, (_, _, b) in zip(reading.values("colour"), wanted)) >= 7
