@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from toyworld.attributes import Picture
@@ -122,6 +123,10 @@ def main() -> None:
         config = CLIPTextConfig.from_pretrained(args.output_dir, subfolder="text_encoder")
         config.dtype = torch.float32
         config.save_pretrained(args.output_dir / "text_encoder")
+        # Tensors are named as in every older CLIP file: transformers 5.0 would not find newer ones and start from noise.
+        weights = args.output_dir / "text_encoder" / "model.safetensors"
+        named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(weights).items()}
+        save_file(named, weights, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":
