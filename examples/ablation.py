@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from diffusers.utils import logging as diffusers_logging
-from quickstart import GUIDANCE, MODEL, RESOLUTIONS, STEPS, TRAIN_STEPS, caption_text, starting_noise
+from quickstart import MODEL, STEPS, TRAIN_STEPS, caption_text, compared, starting_noise
 from sweep import trained
 from toyworld.attributes import SCENES
 from toyworld.oracle import Oracle
@@ -25,28 +25,23 @@ from unified import UnifiedPromptPipeline
 
 from degu.pipelines import StableDiffusionDeGuPipeline
 
+COLUMNS = ("class noun", "CAE in the prompt", "DGM", "DGM + TCAM")
+
 
 def scored_columns(pipe, unified, oracle: Oracle, subject: int, cae: Path, scenes: int, seeds: int) -> tuple[dict[str, dict[str, float]], float]:
     """Scores by column, and the masks' mean IoU with the oracle's region."""
     pictures, identity = reference_pictures(subject), subject_of(subject)
     unused = [scene for scene in SCENES if scene not in {p.scene for p in pictures}][:scenes]
     fields = [{"kind": identity.kind, "scene": scene} for scene in unused] * seeds
-    prompts, shared = [caption_text(f) for f in fields], dict(num_inference_steps=STEPS, latents=starting_noise(pipe, len(fields), seed=subject))
+    prompts, latents = [caption_text(f) for f in fields], starting_noise(pipe, len(fields), seed=subject)
     for p in (pipe, unified):
         p.load_cae_embeddings(cae, adapter_name="subject")
-    made = {
-        "class noun": pipe(prompts, guidance_scale=GUIDANCE, fidelity_guidance_scale=0.0, **shared).images,
-        "CAE in the prompt": unified.generate(prompts, identity.kind, GUIDANCE, **shared),
-    }
-    pipe.disable_tcam()
-    made["DGM"] = pipe(prompts, guidance_scale=GUIDANCE, **shared).images
-    pipe.enable_tcam(resolutions=RESOLUTIONS)
-    degu = pipe(prompts, guidance_scale=GUIDANCE, **shared)
-    made["DGM + TCAM"] = degu.images
+    made, masks = compared(pipe, unified, prompts, identity.kind, num_inference_steps=STEPS, latents=latents)
     for p in (pipe, unified):
         p.unload_cae_embeddings("subject")
-    overlap = iou(degu.subject_masks > 0.5, oracle.read(degu.images).region > 0).mean()
-    return {name: scores(oracle, images, identity, rendered(pictures), fields) for name, images in made.items()}, float(overlap)
+    references = rendered(pictures)
+    columns = {name: scores(oracle, images, identity, references, fields) for name, images in zip(COLUMNS, made)}
+    return columns, float(iou(masks > 0.5, oracle.read(made[-1]).region > 0).mean())
 
 
 def main() -> None:

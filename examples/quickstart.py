@@ -52,6 +52,17 @@ def starting_noise(pipe, count: int, seed: int) -> torch.Tensor:
     return torch.randn(count, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(seed))
 
 
+def compared(pipe, unified, prompts: list[str], noun: str, **shared) -> tuple[list[list], torch.Tensor]:
+    """Pictures of `prompts` by the stock prompt, the CAE inside the prompt, DGM, and DGM with TCAM; and TCAM's last masks."""
+    stock = pipe(prompts, guidance_scale=GUIDANCE, fidelity_guidance_scale=0.0, **shared).images
+    inside = unified.generate(prompts, noun, GUIDANCE, **shared)
+    pipe.disable_tcam()
+    dgm = pipe(prompts, guidance_scale=GUIDANCE, **shared).images
+    pipe.enable_tcam(resolutions=RESOLUTIONS)
+    tcam = pipe(prompts, guidance_scale=GUIDANCE, **shared)
+    return [stock, inside, dgm, tcam.images], tcam.subject_masks
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", type=int, default=4, help="seed of the rendered subject")
@@ -98,21 +109,14 @@ def main() -> None:
     captions = captions_for(noun, used_scenes)
     fields = [c for c in captions for _ in range(args.samples)]
     prompts, latents = [caption_text(c) for c in fields], starting_noise(pipe, len(fields), seed=0)
-    shared = dict(num_inference_steps=STEPS, latents=latents)
-    made = {"stock prompt": pipe(prompts, guidance_scale=GUIDANCE, fidelity_guidance_scale=0.0, **shared).images}
-    made["CAE in the prompt"] = unified.generate(prompts, noun, GUIDANCE, **shared)
-    pipe.disable_tcam()
-    made["DGM"] = pipe(prompts, guidance_scale=GUIDANCE, **shared).images
-    pipe.enable_tcam(resolutions=RESOLUTIONS)
-    degu = pipe(prompts, guidance_scale=GUIDANCE, **shared)
-    made["DeGu"] = degu.images
-    masks = degu.subject_masks.numpy()
+    columns, masks = compared(pipe, unified, prompts, noun, num_inference_steps=STEPS, latents=latents)
+    made = dict(zip(("stock prompt", "CAE in the prompt", "DGM", "DeGu"), columns))
 
     rows = []
     for i in range(len(captions)):
         first = i * args.samples
         row = [enlarged(references[i % len(references)])] + [enlarged(images[first]) for images in made.values()]
-        rows.append([*row, outlined(degu.images[first], masks[first])])
+        rows.append([*row, outlined(made["DeGu"][first], masks[first].numpy())])
     grid(rows, ["references", *made, "DeGu, mask"], prompts[:: args.samples]).save(args.output_dir / "comparison.png")
 
     # 4. The two sliders.

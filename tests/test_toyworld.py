@@ -141,7 +141,7 @@ def test_exact_colours_are_not_found_where_they_are_not():
     subject = Subject.sample(rng, kind="mug", pattern="dots")
     images = [render(Picture.sample(rng, subject=subject))[0] for _ in range(20)]
     region = Oracle.load().read(images).region
-    absent = [rgb for name, hsv in COLOURS.items() if name not in (subject.colour.name, subject.second_colour.name) for rgb in [colorsys.hsv_to_rgb(*hsv)]]
+    absent = [colorsys.hsv_to_rgb(*hsv) for name, hsv in COLOURS.items() if name not in (subject.colour.name, subject.second_colour.name)]
     assert shows_colour(images, region, subject.colour.rgb).all()
     assert np.mean([shows_colour(images, region, rgb).float().mean() for rgb in absent]) < 0.15
 

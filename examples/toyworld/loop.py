@@ -24,9 +24,6 @@ def save_atomically(state: dict, path: Path) -> None:
     os.replace(temporary, path)
 
 
-torch.set_flush_denormal(True)  # denormal numbers are many times slower on a CPU
-
-
 def fit(
     modules: torch.nn.ModuleDict,
     loss_of: Callable[[int, np.random.Generator], torch.Tensor],
@@ -45,6 +42,7 @@ def fit(
     nothing else, so that a resumed run sees the batches an uninterrupted one would. The modules end with their averaged
     (EMA) weights where ``ema_decay`` is given. Returns whether this process is the main one, which writes the result.
     """
+    torch.set_flush_denormal(True)  # denormal numbers are many times slower on a CPU
     accelerator = Accelerator()
     device, rank = accelerator.device, accelerator.process_index
     modules.to(device).train()
