@@ -139,7 +139,7 @@ class FidelityAttnProcessor(torch.nn.Module):
             return self.inner(attn, hidden_states[rows], states, *args, **kwargs)
 
         if text.shape[1] == context.shape[1]:
-            return attend(slice(None), torch.cat([text[:start], context, text[stop:]]))
+            return attend(slice(None), torch.slice_scatter(text, context, start=start, end=stop))
         # Prompt embeddings of another length than the CAE sequence (long, weighted prompts): evaluated apart.
         parts = ((slice(0, start), text[:start]), (slice(start, stop), context), (slice(stop, None), text[stop:]))
         return torch.cat([attend(rows, states) for rows, states in parts if len(states)])
@@ -164,5 +164,5 @@ def token_attention(attn: Attention, hidden_states: torch.Tensor, context: torch
         key = attn.norm_k(key)
     if attn.upcast_attention:
         query, key = query.float(), key.float()
-    scores = (query * attn.scale) @ key.transpose(2, 3)
+    scores = query @ (key * attn.scale).transpose(2, 3)
     return scores.softmax(3, dtype=torch.float32)[..., positions].mean((1, 3))

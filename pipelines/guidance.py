@@ -41,5 +41,6 @@ def decoupled_guidance(
     ):
         if prediction is not None:
             direction = prediction - null
-            guided = guided + scale * (direction if region is None else region * direction)
+            # Without a region in stock's own order of operations, which makes a lone stream equal stock bit for bit.
+            guided = guided + scale * direction if region is None else guided.addcmul(region, direction, value=scale)
     return guided

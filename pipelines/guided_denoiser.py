@@ -122,10 +122,10 @@ class GuidedDenoiser:
         if masking is not None:
             self.masks, found = self._masks(masking, maps, sample)
             self.last_masks = self.masks
+            # Where no subject is found both streams act everywhere; the mask is empty there, so 1 - M already says so.
             inside = self.masks.to(sample.dtype)[:, None]
-            found = found[:, None, None, None]
-            editability_region = torch.where(found, 1 - inside, 1)
-            fidelity_region = torch.where(found, inside, 1)
+            editability_region = 1 - inside
+            fidelity_region = torch.where(found[:, None, None, None], inside, 1)
         guided = decoupled_guidance(
             **predictions,
             **{f"{name}_scale": scale for name, scale in scales.items()},

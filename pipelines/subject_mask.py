@@ -1,4 +1,7 @@
-"""From attention maps to a subject mask (Test-time Cross-Attention Masking), batched and without leaving the device."""
+"""From attention maps to a subject mask (Test-time Cross-Attention Masking), batched and without leaving the device.
+
+The maps are small, so that a step costs what its number of operations costs: candidates share operations where they can.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,31 @@ import torch
 import torch.nn.functional as F
 
 _BINS = 256
-_FLT_EPSILON = 1.1920928955078125e-07  # below this share of pixels OpenCV's Otsu skips a class
 
 
 def normalized(maps: torch.Tensor) -> torch.Tensor:
     """Scales each map (n, h, w) to 0..1; a constant map becomes 0."""
-    low, high = torch.aminmax(maps.flatten(1), dim=1)
-    span = (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
-    return (maps - low[:, None, None]) / span[:, None, None]
+    flat = maps.flatten(1)
+    low, high = torch.aminmax(flat, dim=1, keepdim=True)
+    return ((flat - low) / (high - low).clamp_min_(torch.finfo(maps.dtype).tiny)).view_as(maps)
 
 
-def _histograms(candidates: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Shares (candidates, n, 256) of integer bins 0..255, each candidate (n, pixels) of its own number of pixels."""
-    first = candidates[0]
-    shares = torch.zeros(len(candidates), len(first), _BINS, device=first.device, dtype=dtype)
-    for share, bins in zip(shares, candidates):
-        share.scatter_add_(1, bins, torch.ones((), device=bins.device, dtype=dtype).expand(bins.shape)).div_(bins.shape[1])
-    return shares
+def histograms(bins: torch.Tensor) -> torch.Tensor:
+    """How often each of the integers 0..255 is in the last dimension of `bins`: (..., 256)."""
+    # Float64, where the device has it (MPS has not), so that Otsu's sums are exact.
+    dtype = torch.float32 if bins.device.type == "mps" else torch.float64
+    counts = torch.zeros(*bins.shape[:-1], _BINS, device=bins.device, dtype=dtype)
+    return counts.scatter_add_(-1, bins, counts.new_ones(()).expand(bins.shape))
 
 
-def histogram_entropy(candidates: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Shannon entropies in nats, (candidates, n), of the 256-bin histogram over 0..1 of soft masks, each (n, h, w)."""
-    bins = [(soft.flatten(1) * _BINS).long().clamp_(max=_BINS - 1) for soft in candidates]
-    return torch.special.entr(_histograms(bins, torch.float32)).sum(2)
+def entropy(counts: torch.Tensor, total: int) -> torch.Tensor:
+    """Shannon entropy in nats of each histogram (..., 256) of `total` values."""
+    return torch.special.entr(counts / total).sum(-1)
+
+
+def entropy_bins(soft_masks: torch.Tensor) -> torch.Tensor:
+    """Soft masks (n, h, w) as indices 0..255 of equal bins over 0..1, (n, h * w)."""
+    return (soft_masks * _BINS).long().clamp_(max=_BINS - 1).flatten(1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -51,30 +56,29 @@ def gaussian_blur(maps: torch.Tensor, kernel_size: int, sigma: float) -> torch.T
     if kernel_size == 1:
         return maps
     down, across = (_blur_matrix(size, kernel_size, sigma, maps.device) for size in maps.shape[1:])
-    return down @ maps @ across.T
-
-
-def otsu_threshold(candidates: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Otsu's thresholds (candidates, n) of integer levels 0..255, each candidate (n, pixels): `<=` against `>`.
-
-    The between-class variance is maximised over all 256 levels, as OpenCV does; the lowest level wins a tie.
-    """
-    # Float64 as in OpenCV, where the device has it (MPS has not).
-    device = candidates[0].device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    share = _histograms(candidates, dtype)
-    below = share.cumsum(2)  # class weight, OpenCV's q1
-    moment = (share * torch.arange(_BINS, device=device, dtype=dtype)).cumsum(2)
-    above = 1 - below
-    variance = (moment[..., -1:] * below - moment).square() / (below * above)
-    variance = variance.masked_fill(torch.minimum(below, above) < _FLT_EPSILON, 0)
-    # Levels that no pixel has lie between the classes with equal variance up to rounding: take the first of them.
-    return (variance >= variance.amax(2, keepdim=True) * (1 - 1e-12)).to(torch.uint8).argmax(2)
+    return down @ maps @ across.mT
 
 
 def quantized(soft_masks: torch.Tensor, kernel_size: int, sigma: float) -> torch.Tensor:
-    """Blurs soft masks (n, h, w) in 0..1 in float32 and rounds them to integer levels 0..255, (n, h * w)."""
-    return (gaussian_blur(soft_masks.float(), kernel_size, sigma) * 255).round_().clamp_(0, 255).long().flatten(1)
+    """Blurs float32 soft masks (n, h, w) in 0..1 and rounds them to the levels 0..255, (n, h, w), float32."""
+    return (gaussian_blur(soft_masks, kernel_size, sigma) * 255).round_()
+
+
+def otsu_threshold(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Otsu's threshold of each histogram (..., 256) of levels, `<=` against `>`, and whether there are two levels at all.
+
+    The between-class variance is maximised over all 256 levels, as OpenCV does; the lowest level wins a tie. It is taken
+    from sums of whole numbers: levels that no pixel has tie exactly with the one below, and an empty class has exactly 0.
+
+    Returns:
+        (...,) int64 and (...,) bool
+    """
+    below = counts.cumsum(-1)  # OpenCV's q1, times the number of pixels
+    moment = (counts * torch.arange(_BINS, device=counts.device, dtype=counts.dtype)).cumsum(-1)
+    pixels, total = below[..., -1:], moment[..., -1:]
+    variance = (total * below - pixels * moment).square_() / (below * (pixels - below)).clamp_min_(1)
+    highest, threshold = variance.max(-1)
+    return threshold, highest > 0
 
 
 def subject_masks(
@@ -95,15 +99,16 @@ def subject_masks(
     soft = [normalized(candidate.float()) for candidate in maps]
     soft = [1 - s for s in soft] if invert else soft
     levels = [quantized(s, kernel_size, sigma) for s in soft]
-    thresholds = otsu_threshold(levels)  # (candidates, n)
-    masks, found = [], []
-    for s, level, threshold in zip(soft, levels, thresholds):
-        low, high = torch.aminmax(level, dim=1)
-        found.append(high > low)
-        mask = (level > threshold[:, None]) & found[-1][:, None]
-        masks.append(F.interpolate(mask.view(len(s), 1, *s.shape[1:]).float(), size=size, mode="nearest")[:, 0])
+    bins = [level.flatten(1).long() for level in levels]
+    # Nearest neighbours commute with the threshold, so all candidates can be brought to one size before it.
+    resized = torch.cat([F.interpolate(level[None], size=size, mode="nearest") for level in levels])  # (candidates, n, h, w)
     if len(maps) == 1:
-        return masks[0], found[0]
-    chosen = histogram_entropy(soft).argmin(0)  # the first, coarsest, of equals
-    image = torch.arange(len(chosen), device=chosen.device)
-    return torch.stack(masks)[chosen, image], torch.stack(found)[chosen, image]
+        level, counts = resized[0], histograms(bins[0])
+    else:
+        pairs = [histograms(torch.stack([of_otsu, entropy_bins(s)])) for of_otsu, s in zip(bins, soft)]
+        entropies = torch.stack([entropy(pair[1], of_otsu.shape[1]) for pair, of_otsu in zip(pairs, bins)])
+        chosen = entropies.argmin(0)  # the first, coarsest, of equals
+        image = torch.arange(len(chosen), device=chosen.device)
+        level, counts = resized[chosen, image], torch.stack([pair[0] for pair in pairs])[chosen, image]
+    threshold, found = otsu_threshold(counts)
+    return ((level > threshold[:, None, None]) & found[:, None, None]).float(), found

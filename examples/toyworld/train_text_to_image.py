@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, required=True, help="where latents and the checkpoint to resume from lie")
     parser.add_argument("--pictures", type=int, default=12000, help="per process")
-    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--steps", type=int, default=25000)
     parser.add_argument("--stop_at", type=int, default=None)
     parser.add_argument("--batch", type=int, default=16, help="per process")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
