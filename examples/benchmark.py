@@ -56,7 +56,7 @@ def main() -> None:
     levels = sorted({layer.level for layer in layers if layer.decoder}, reverse=True)
     levels = tuple(levels[:2] if args.resolutions is None else [level for level in levels if 2.0**-level in args.resolutions])
     pipe = SimpleNamespace(guidance_scale=7.5, guidance_rescale=0.0, num_timesteps=1, active_cae=SimpleNamespace(num_tokens=5))
-    guided = GuidedDenoiser(pipe, unet.forward, layers, contexts, None, 2.0, 0.0, Masking(0.0, SD.tcam, levels), sliced=False)
+    guided = GuidedDenoiser(pipe, unet.forward, layers, contexts, None, None, 2.0, 0.0, Masking(0.0, SD.tcam, levels), sliced=False)
     sample, rows, three = torch.cat([latents] * 2), torch.cat([latents] * 3), torch.cat([texts, texts[:n]])
 
     @torch.no_grad()

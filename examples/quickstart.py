@@ -90,7 +90,7 @@ def main() -> None:
         print(f"The subject: {subject_of(args.subject)}")
     else:
         folder, noun, used_scenes = args.images, args.class_noun, set()
-        views = [training_view(i, 64, True, False, np.random.default_rng(0))[0] for i in load_instance_images(folder)]
+        views = [training_view(i, 64, True, False, np.random.default_rng(0)).pixels for i in load_instance_images(folder)]
         references = [((v.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8) for v in views]
 
     # 2. The embeddings.

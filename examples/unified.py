@@ -34,6 +34,6 @@ class UnifiedPromptPipeline(StableDiffusionDeGuPipeline):
         ids += [tokenizer.eos_token_id]
         ids += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids))
         positions = slice(1 + len(before), 1 + len(before) + rows.shape[1])
-        encoded = encode_with_rows(self.text_encoder, tokenizer, torch.tensor(ids), positions, rows).to(self.unet.dtype)
+        encoded = encode_with_rows(self.text_encoder, tokenizer, torch.tensor(ids), positions, rows)[0].to(self.unet.dtype)
         names = [layer.name for layer in self._layers()]
         return {name: encoded[row : row + 1] for name, row in rows_by_layer(self.active_cae, names).items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 
 
@@ -31,14 +33,32 @@ def encode_cae(text_encoder, tokenizer, embeddings: torch.Tensor) -> torch.Tenso
         The last hidden states (layers, length, hidden).
     """
     ids, positions = cae_sequence(tokenizer, embeddings.shape[1])
-    return encode_with_rows(text_encoder, tokenizer, ids, positions, embeddings)
+    return encode_with_rows(text_encoder, tokenizer, ids, positions, embeddings)[0]
 
 
-def encode_with_rows(text_encoder, tokenizer, ids: torch.Tensor, positions: slice, rows: torch.Tensor) -> torch.Tensor:
+def encode_cae_xl(encoders: Sequence[tuple], embeddings: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode_cae` as SDXL reads its text: both encoders' penultimate hidden states side by side, and the second's pooled one.
+
+    Args:
+        encoders: (text encoder, tokenizer), twice; the second encoder has a projection.
+        embeddings: (layers, tokens, dim) for each of them.
+
+    Returns:
+        The hidden states (layers, length, hidden) and the pooled embedding (1, projected). The denoiser takes that only once,
+        so it is the mean over the layers' sequences.
+    """
+    outputs = []
+    for (text_encoder, tokenizer), rows in zip(encoders, embeddings, strict=True):
+        ids, positions = cae_sequence(tokenizer, rows.shape[1])
+        outputs.append(encode_with_rows(text_encoder, tokenizer, ids, positions, rows, output_hidden_states=True))
+    return torch.cat([output.hidden_states[-2] for output in outputs], -1), outputs[-1].text_embeds.mean(0, keepdim=True)
+
+
+def encode_with_rows(text_encoder, tokenizer, ids: torch.Tensor, positions: slice, rows: torch.Tensor, **options):
     """Encodes the sequence `ids` (length,) once for each of `rows` (n, tokens, dim), which stand at `positions`.
 
     Neither tokenizer nor embedding matrix is touched: for this one evaluation a hook puts the rows where the
-    placeholders' embeddings would be. Returns the last hidden states (n, length, hidden).
+    placeholders' embeddings would be. Returns the text encoder's output; `options` go to it.
     """
 
     def insert(module, args, output):  # output (n, length, dim)
@@ -48,6 +68,6 @@ def encode_with_rows(text_encoder, tokenizer, ids: torch.Tensor, positions: slic
     try:
         ids = ids.expand(len(rows), -1).to(rows.device)
         mask = (ids != tokenizer.pad_token_id).long() if getattr(text_encoder.config, "use_attention_mask", False) else None
-        return text_encoder(ids, attention_mask=mask)[0]
+        return text_encoder(ids, attention_mask=mask, **options)
     finally:
         hook.remove()

@@ -25,7 +25,8 @@ class ContextAgnosticEmbeddings:
     Attributes:
         embeddings: per text encoder (`text_encoder`, `text_encoder_2`, ...): float32 (layers, tokens, dim) on the CPU;
             `layers` is 1 where one set serves all layers.
-        layer_names: the cross-attention modules the layers belong to, in order; empty where unknown or layers is 1.
+        layer_names: the cross-attention modules the layers belong to, or modules around several of them, in order; empty
+            where unknown or layers is 1.
         metadata: everything else the file says: strings.
     """
 
@@ -133,18 +134,21 @@ def parse_cae(
 def rows_by_layer(cae: ContextAgnosticEmbeddings, names: list[str], source: str = "the CAE") -> dict[str, int]:
     """Which row of the embeddings each of the model's cross-attention layers, given by name, uses.
 
+    A name in the file is a layer's, or that of a module all of whose layers share the row.
+
     Raises:
         ValueError: the CAE has another number of layers than the model, or layers of other names.
     """
     layers = next(iter(cae.embeddings.values())).shape[0]
     if layers == 1:
         return dict.fromkeys(names, 0)
-    if layers != len(names):
+    stored = cae.layer_names or names
+    rows = {name: index for index, module in enumerate(stored) for name in names if f"{name}.".startswith(f"{module}.")}
+    unknown = [module for index, module in enumerate(stored) if index not in rows.values()]
+    if unknown or len(rows) != len(names) or len(stored) != layers:
         raise ValueError(
-            f"{source} has embeddings for {layers} layers, but the pipeline's denoiser has {len(names)} cross-attention layers. "
+            f"{source} is for other layers: it has embeddings for {layers} layers{f', among them {unknown[:3]}' if unknown else ''}; the "
+            f"pipeline's denoiser has {len(names)} cross-attention layers{' and none of those names' if unknown else ''}. "
             "It was trained on another base model."
         )
-    stored = cae.layer_names or names
-    if set(stored) != set(names):
-        raise ValueError(f"{source} is for other layers: the model has no {sorted(set(stored) - set(names))}.")
-    return {name: stored.index(name) for name in names}
+    return rows

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
-from typing import Any, Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ from degu.pipelines.cae_file import ContextAgnosticEmbeddings, rows_by_layer
 from degu.pipelines.cae_loader import CaeLoaderMixin
 from degu.pipelines.families import Family
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
-from degu.pipelines.output import StableDiffusionDeGuPipelineOutput
+from degu.pipelines.streams import Condition
 from degu.pipelines.tcam import TcamConfig
 from degu.pipelines.user_mask import latent_masks
 
@@ -37,6 +37,7 @@ class DeGuMixin(CaeLoaderMixin):
     """Goes before a stock pipeline in the bases of a DeGu pipeline. Adds no component: all it keeps is state."""
 
     _degu_family: Family
+    _output_class: type  # stock's output with a field `subject_masks`
     _guided: GuidedDenoiser | None = None  # set for the length of a call
     _tcam: TcamConfig | None = None  # None: the family's
     _tcam_enabled = True
@@ -107,8 +108,17 @@ class DeGuMixin(CaeLoaderMixin):
 
     # --- the family's models ---
 
+    def _text_encoders(self) -> dict[str, tuple]:
+        """(text encoder, its tokenizer) by component name."""
+        return {"text_encoder": (self.text_encoder, self.tokenizer)}
+
+    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The embeddings of each text encoder, (layers, tokens, dim), as the denoiser takes them: the hidden states
+        (layers, length, hidden) and, in families that have it, the pooled embedding (1, dim)."""
+        return encode_cae(self.text_encoder, self.tokenizer, embeddings["text_encoder"]), None
+
     def _cae_dims(self) -> dict[str, int]:
-        return {"text_encoder": self.text_encoder.get_input_embeddings().weight.shape[1]}
+        return {name: encoder.get_input_embeddings().weight.shape[1] for name, (encoder, _) in self._text_encoders().items()}
 
     def _layers(self) -> list[CrossAttentionLayer]:
         return cross_attention_layers(self.unet)
@@ -116,8 +126,9 @@ class DeGuMixin(CaeLoaderMixin):
     def _check_cae(self, cae: ContextAgnosticEmbeddings, source: str) -> None:
         """Raises ValueError where the CAE is not for this denoiser and tokenizer."""
         rows_by_layer(cae, [layer.name for layer in self._layers()], source)
-        if cae.num_tokens + 2 > self.tokenizer.model_max_length:
-            raise ValueError(f"{source} has {cae.num_tokens} tokens; the tokenizer's {self.tokenizer.model_max_length} include start and end.")
+        for _, tokenizer in self._text_encoders().values():
+            if cae.num_tokens + 2 > tokenizer.model_max_length:
+                raise ValueError(f"{source} has {cae.num_tokens} tokens; the tokenizer's {tokenizer.model_max_length} include start and end.")
 
     def _levels(self, config: TcamConfig) -> tuple[int, ...]:
         """The levels of the candidate maps, coarsest first; by default the decoder's two coarsest."""
@@ -134,12 +145,13 @@ class DeGuMixin(CaeLoaderMixin):
             raise ValueError(f"`resolutions` {unknown} have no cross-attention in this decoder; it has {sorted(by_fraction)}.")
         return tuple(sorted({by_fraction[fraction] for fraction in config.resolutions}, reverse=True))
 
-    def _encode_active_cae(self) -> dict[str, torch.Tensor]:
-        """The active CAE as every cross-attention layer sees it, by layer name: (1, tokens, dim)."""
-        cae, names = self.active_cae, [layer.name for layer in self._layers()]
-        rows = cae.embeddings["text_encoder"].to(self._execution_device)
-        encoded = encode_cae(self.text_encoder, self.tokenizer, rows).to(self._execution_device, self.unet.dtype)
-        return {name: encoded[row : row + 1] for name, row in rows_by_layer(cae, names).items()}
+    def _encode_active_cae(self) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """The active CAE as every cross-attention layer sees it, by layer name: (1, tokens, dim); and its pooled embedding."""
+        cae, device, dtype = self.active_cae, self._execution_device, self.unet.dtype
+        hidden, pooled = self._encode_cae({name: rows.to(device) for name, rows in cae.embeddings.items()})
+        hidden, pooled = hidden.to(device, dtype), None if pooled is None else pooled.to(device, dtype)
+        rows = rows_by_layer(cae, [layer.name for layer in self._layers()])
+        return {name: hidden[row : row + 1] for name, row in rows.items()}, pooled
 
     # --- the call ---
 
@@ -150,17 +162,19 @@ class DeGuMixin(CaeLoaderMixin):
         kwargs: dict[str, Any],
         *,
         fidelity_guidance_scale: float | None,
-        host_prompt: str | list[str] | None,
-        host_prompt_embeds: torch.Tensor | None,
+        host: Mapping[str, Any],
         host_guidance_scale: float | None,
         subject_mask: Any,
     ):
-        """Runs `stock_call` with the denoiser guided, or as it is where neither CAE nor host is in use."""
+        """Runs `stock_call` with the denoiser guided, or as it is where neither CAE nor host is in use.
+
+        `host`: the host's prompts and embeddings, named as `encode_prompt` takes them; None where not given.
+        """
         self._last_masks = None
         bound = inspect.signature(stock_call).bind(*args, **kwargs)
         bound.apply_defaults()
         stock = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        fidelity_scale, host_scale = self._scales(fidelity_guidance_scale, host_prompt, host_prompt_embeds, host_guidance_scale)
+        fidelity_scale, host_scale = self._scales(fidelity_guidance_scale, host, host_guidance_scale)
         if subject_mask is not None and fidelity_scale == 0:
             raise ValueError(
                 "`subject_mask` says where the fidelity stream acts, but that stream is off: load a CAE with "
@@ -172,15 +186,14 @@ class DeGuMixin(CaeLoaderMixin):
             prompts = _count(stock)
             images = prompts * (stock["num_images_per_prompt"] or 1)
             masking = self._masking(subject_mask, images, stock) if fidelity_scale != 0 else None
-            host_embeds = None
-            if host_scale != 0:
-                host_embeds = self._encode_host(host_prompt, host_prompt_embeds, prompts, stock)
+            contexts, pooled = self._encode_active_cae() if fidelity_scale != 0 else (None, None)
             self._guided = GuidedDenoiser(
                 self,
                 denoise=self.unet.forward,
                 layers=self._layers(),
-                contexts=self._encode_active_cae() if fidelity_scale != 0 else None,
-                host_embeds=host_embeds,
+                contexts=contexts,
+                pooled=pooled,
+                host=self._encode_host(host, prompts, stock) if host_scale != 0 else None,
                 fidelity_scale=fidelity_scale,
                 host_scale=host_scale,
                 masking=masking,
@@ -194,9 +207,9 @@ class DeGuMixin(CaeLoaderMixin):
                 self._guided = None
         if isinstance(output, tuple):
             return output
-        return StableDiffusionDeGuPipelineOutput(output.images, output.nsfw_content_detected, self._last_masks)
+        return self._output_class(**{field.name: getattr(output, field.name) for field in fields(output)}, subject_masks=self._last_masks)
 
-    def _scales(self, fidelity_scale, host_prompt, host_prompt_embeds, host_scale) -> tuple[float, float]:
+    def _scales(self, fidelity_scale, host, host_scale) -> tuple[float, float]:
         """w_f and w_h with their defaults; 0 where there is nothing to guide with."""
         if self.active_cae is None:
             if fidelity_scale:
@@ -207,9 +220,11 @@ class DeGuMixin(CaeLoaderMixin):
             fidelity_scale = 0.0
         elif fidelity_scale is None:
             fidelity_scale = self._degu_family.fidelity_guidance_scale
-        if host_prompt is not None and host_prompt_embeds is not None:
+        if host["prompt"] is not None and host["prompt_embeds"] is not None:
             raise ValueError("Give either `host_prompt` or `host_prompt_embeds`, not both.")
-        if host_prompt is None and host_prompt_embeds is None:
+        if "pooled_prompt_embeds" in host and (host["prompt_embeds"] is None) != (host["pooled_prompt_embeds"] is None):
+            raise ValueError("`host_prompt_embeds` and `host_pooled_prompt_embeds` belong together: give both.")
+        if host["prompt"] is None and host["prompt_embeds"] is None:
             if host_scale:
                 raise ValueError(f"`host_guidance_scale` is {host_scale}, but there is no host: give `host_prompt` or `host_prompt_embeds`.")
             host_scale = 0.0
@@ -233,30 +248,35 @@ class DeGuMixin(CaeLoaderMixin):
             return (side, side) if isinstance(side, int) else tuple(side)
         return stock["height"] // self.vae_scale_factor, stock["width"] // self.vae_scale_factor
 
-    def _encode_host(self, host_prompt, host_prompt_embeds, prompts: int, stock: dict[str, Any]) -> torch.Tensor:
-        """The host prompt as the pipeline itself encodes prompts, one row per image: (images, tokens, dim)."""
-        if isinstance(host_prompt, str):
-            host_prompt = [host_prompt] * prompts
-        given = host_prompt if host_prompt is not None else host_prompt_embeds
-        if host_prompt_embeds is not None and len(host_prompt_embeds) == 1:
-            given = host_prompt_embeds = host_prompt_embeds.expand(prompts, -1, -1)
-        if len(given) != prompts:
-            raise ValueError(f"There are {len(given)} host prompts for {prompts} prompts: give one, or one per prompt.")
-        embeds, _ = self.encode_prompt(
-            host_prompt,
-            self._execution_device,
-            stock["num_images_per_prompt"] or 1,
-            False,
-            prompt_embeds=host_prompt_embeds,
+    def _encode_host(self, host: Mapping[str, Any], prompts: int, stock: dict[str, Any]) -> Condition:
+        """The host prompt as the pipeline itself encodes prompts, one row per image."""
+        host = {name: _one_per_prompt(name, value, prompts) for name, value in host.items() if value is not None}
+        encoded = self.encode_prompt(
+            **({"prompt": None} | host),
+            device=self._execution_device,
+            num_images_per_prompt=stock["num_images_per_prompt"] or 1,
+            do_classifier_free_guidance=False,
             lora_scale=(stock["cross_attention_kwargs"] or {}).get("scale"),
             clip_skip=stock["clip_skip"],
         )
+        embeds, pooled = encoded[0], encoded[2] if len(encoded) > 2 else None
         if stock["prompt_embeds"] is not None and stock["prompt_embeds"].shape[1] != embeds.shape[1]:
             raise ValueError(
                 f"The host prompt's embeddings have {embeds.shape[1]} tokens, `prompt_embeds` has "
                 f"{stock['prompt_embeds'].shape[1]}; all streams are evaluated in one batch and need the same number."
             )
-        return embeds
+        return Condition(embeds, pooled)
+
+
+def _one_per_prompt(name: str, given, prompts: int):
+    """A host's prompts or embeddings, repeated where there is one for all."""
+    if isinstance(given, str):
+        return [given] * prompts
+    if isinstance(given, torch.Tensor) and len(given) == 1:
+        return given.expand(prompts, *given.shape[1:])
+    if len(given) != prompts:
+        raise ValueError(f"`host_{name}` holds {len(given)} host prompts for {prompts} prompts: give one, or one per prompt.")
+    return given
 
 
 def _count(stock: dict[str, Any]) -> int:

@@ -22,10 +22,18 @@ class Family:
     tcam: TcamConfig
 
 
-# [SOT] is the paper's token. The numbers come from the sweep in examples/, on the small shipped model; w_h is not swept yet.
+# [SOT] is the paper's token for this family. The numbers come from the sweep in examples/, on the small shipped model; w_h is not swept yet.
 SD = Family(
     name="sd",
     fidelity_guidance_scale=4.0,
     host_guidance_scale=3.0,
     tcam=TcamConfig(start=0.1, token="sot", kernel_size=5, sigma=1.0),
+)
+
+# [EOT] at a quarter of the latent's side is the paper's choice; the numbers are SD's, not swept here yet.
+SDXL = Family(
+    name="sdxl",
+    fidelity_guidance_scale=4.0,
+    host_guidance_scale=3.0,
+    tcam=TcamConfig(start=0.1, token="eot", kernel_size=5, sigma=1.0, resolutions=(1 / 4,)),
 )

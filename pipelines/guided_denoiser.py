@@ -11,7 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from degu.attention_processors import AttentionMaps, CrossAttentionLayer, FidelityStream
 from degu.pipelines.guidance import decoupled_guidance
-from degu.pipelines.streams import map_batched
+from degu.pipelines.streams import Condition, map_batched
 from degu.pipelines.subject_mask import subject_masks
 from degu.pipelines.tcam import TcamConfig
 
@@ -47,7 +47,8 @@ class GuidedDenoiser:
         denoise: the denoiser's own `forward`, hooks included.
         layers: its cross-attention layers.
         contexts: the encoded CAE by layer name, (1, tokens, dim) each; None: no fidelity stream.
-        host_embeds: the encoded host prompt (n, tokens, dim); None: no host.
+        pooled: the CAE's pooled embedding (1, dim), in families that have one.
+        host: the encoded host prompt; None: no host.
         fidelity_scale, host_scale: w_f, w_h.
         masking: where the masks come from; None: no masks.
         sliced: evaluate the streams one after another instead of in one batch.
@@ -59,14 +60,15 @@ class GuidedDenoiser:
         denoise: Callable[..., Any],
         layers: list[CrossAttentionLayer],
         contexts: Mapping[str, torch.Tensor] | None,
-        host_embeds: torch.Tensor | None,
+        pooled: torch.Tensor | None,
+        host: Condition | None,
         fidelity_scale: float,
         host_scale: float,
         masking: Masking | None,
         sliced: bool,
     ) -> None:
         self.pipe, self.denoise, self.layers = pipe, denoise, layers
-        self.host_embeds = host_embeds
+        self.pooled, self.host = pooled, host
         self.fidelity_scale, self.host_scale = fidelity_scale, host_scale
         self.masking, self.sliced = masking, sliced
         captured = frozenset()
@@ -107,7 +109,7 @@ class GuidedDenoiser:
         scales = {"editability": self.pipe.guidance_scale}
         if self.fidelity is not None:
             scales["fidelity"] = self.fidelity_scale
-        if self.host_embeds is not None:
+        if self.host is not None:
             scales["host"] = self.host_scale
         streams = ["null", *(name for name, scale in scales.items() if scale != 0)]
         masking = self.masking
@@ -151,9 +153,11 @@ class GuidedDenoiser:
                 "null": encoder_hidden_states[negative],
                 "editability": encoder_hidden_states[positive],
                 "fidelity": encoder_hidden_states[negative],  # replaced layer by layer
-                "host": self.host_embeds,
+                "host": self.host and self.host.embeds,
             }
             gathered = map_batched(kwargs, 2 * n, lambda x: torch.cat([x[half] for half in halves]))
+            if "text_embeds" in (kwargs.get("added_cond_kwargs") or ()):
+                gathered["added_cond_kwargs"].update(self._pooled_and_sizes(names, n, **kwargs["added_cond_kwargs"]))
             if gathered.get("timestep_cond") is not None and len(gathered["timestep_cond"]) == n:
                 gathered["timestep_cond"] = gathered["timestep_cond"].repeat(len(names), 1)
             with contextlib.ExitStack() as stack:
@@ -170,6 +174,21 @@ class GuidedDenoiser:
                 )[0]
             predictions.update(zip(names, predicted.chunk(len(names))))
         return predictions
+
+    def _pooled_and_sizes(self, names, n, *, text_embeds: torch.Tensor, time_ids: torch.Tensor, **_) -> dict[str, torch.Tensor]:
+        """SDXL's other conditions for the streams `names`: each has its own pooled text, and all but the null the prompt's sizes."""
+        pooled = {
+            "null": text_embeds[:n],
+            "editability": text_embeds[n:],
+            "fidelity": None if self.pooled is None else self.pooled.expand(n, -1),
+            "host": self.host and self.host.pooled,
+        }
+        # One size for all images of a call. Stock's rows are not [negative] * n + [positive] * n, but first and last are.
+        sizes = [time_ids[:1] if name == "null" else time_ids[-1:] for name in names]
+        return {
+            "text_embeds": torch.cat([pooled[name] for name in names]),
+            "time_ids": torch.cat([ids.expand(n, -1) for ids in sizes]),
+        }
 
     def _masks(self, masking: Masking, maps: AttentionMaps | None, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         n, size = len(sample) // 2, tuple(sample.shape[-2:])

@@ -1,4 +1,4 @@
-"""The pipelines' output: stock's, and the masks."""
+"""The pipelines' outputs: stock's, and the masks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 
 
 @dataclass
 class StableDiffusionDeGuPipelineOutput(StableDiffusionPipelineOutput):
     """Stock's output and, where masks were used, `subject_masks`: the last step's, (images, h, w) of 0 and 1 at latent size."""
+
+    subject_masks: torch.Tensor | None = None
+
+
+@dataclass
+class StableDiffusionXLDeGuPipelineOutput(StableDiffusionXLPipelineOutput):
+    """The same for SDXL."""
 
     subject_masks: torch.Tensor | None = None

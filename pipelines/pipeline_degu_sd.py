@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from degu.pipelines.degu_mixin import DeGuMixin, extends
 from degu.pipelines.families import SD
+from degu.pipelines.output import StableDiffusionDeGuPipelineOutput
 
 
 class StableDiffusionDeGuPipeline(DeGuMixin, StableDiffusionPipeline):
@@ -22,6 +23,7 @@ class StableDiffusionDeGuPipeline(DeGuMixin, StableDiffusionPipeline):
     """
 
     _degu_family = SD
+    _output_class = StableDiffusionDeGuPipelineOutput
 
     @extends(StableDiffusionPipeline.__call__)
     @torch.no_grad()
@@ -59,8 +61,7 @@ class StableDiffusionDeGuPipeline(DeGuMixin, StableDiffusionPipeline):
             args,
             kwargs,
             fidelity_guidance_scale=fidelity_guidance_scale,
-            host_prompt=host_prompt,
-            host_prompt_embeds=host_prompt_embeds,
+            host={"prompt": host_prompt, "prompt_embeds": host_prompt_embeds},
             host_guidance_scale=host_guidance_scale,
             subject_mask=subject_mask,
         )

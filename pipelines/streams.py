@@ -1,10 +1,19 @@
-"""Arranging the streams' inputs: taking from stock's classifier-free-guidance batch what each stream is to see."""
+"""The streams' inputs: what conditions one, and taking from stock's classifier-free-guidance batch what each is to see."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told: the text's `embeds` (n, tokens, dim) and, in families that have it, its `pooled` (n, dim)."""
+
+    embeds: torch.Tensor
+    pooled: torch.Tensor | None = None
 
 
 def map_batched(value: Any, rows: int, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -31,23 +31,56 @@ class RecordingAttention:
         return attn.to_out[0](out)
 
 
-def cae_states(pipe, rows: torch.Tensor) -> torch.Tensor:
-    """[SOT] V_1 ... V_N [EOT] [PAD] ... through the text encoder, by writing the rows into a copy of the embedding matrix."""
-    tokenizer, n = pipe.tokenizer, len(rows)
-    weight = pipe.text_encoder.get_input_embeddings().weight
+def cae_output(text_encoder, tokenizer, rows: torch.Tensor):
+    """[SOT] V_1 ... V_N [EOT] [PAD] ... through the text encoder, by writing the rows into its embedding matrix for a moment."""
+    n, weight = len(rows), text_encoder.get_input_embeddings().weight
     kept = weight.data.clone()
     ids = [tokenizer.bos_token_id, *range(100, 100 + n), tokenizer.eos_token_id]
     ids += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids))
     try:
         weight.data[100 : 100 + n] = rows
-        return pipe.text_encoder(torch.tensor([ids]))[0]
+        return text_encoder(torch.tensor([ids]), output_hidden_states=True)
     finally:
         weight.data.copy_(kept)
 
 
-def text_states(pipe, prompts: list[str]) -> torch.Tensor:
-    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt")
-    return pipe.text_encoder(tokens.input_ids)[0]
+def text_output(text_encoder, tokenizer, prompts: list[str]):
+    tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    return text_encoder(tokens.input_ids, output_hidden_states=True)
+
+
+def sd_conditions(pipe, prompts, host_prompt, cae, size):
+    """What the denoiser is told, as its keyword arguments: null, prompt, fidelity, host; and the CAE's context of each layer."""
+
+    def told(texts):
+        return {"encoder_hidden_states": text_output(pipe.text_encoder, pipe.tokenizer, texts)[0]}
+
+    null = told([""] * len(prompts))
+    contexts = [cae_output(pipe.text_encoder, pipe.tokenizer, row)[0] for row in cae.embeddings["text_encoder"]]
+    return null, told(prompts), null, host_prompt and told([host_prompt] * len(prompts)), contexts
+
+
+def sdxl_conditions(pipe, prompts, host_prompt, cae, size):
+    """The same for SDXL: two encoders' penultimate states, the second's pooled text, sizes; an empty prompt is zeros."""
+    n, encoders = len(prompts), ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2))
+    side = [float(s * pipe.vae_scale_factor) for s in size]
+    ids = torch.tensor([[*side, 0.0, 0.0, *side]] * n)
+
+    def told(states, pooled):
+        return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
+
+    def text(texts):
+        outputs = [text_output(*encoder, texts) for encoder in encoders]
+        return told(torch.cat([o.hidden_states[-2] for o in outputs], 2), outputs[1].text_embeds)
+
+    prompt = text(prompts)
+    zero = torch.zeros_like(prompt["encoder_hidden_states"])
+    rows = zip(cae.embeddings["text_encoder"], cae.embeddings["text_encoder_2"])
+    outputs = [[cae_output(*encoder, row) for encoder, row in zip(encoders, pair)] for pair in rows]
+    contexts = [torch.cat([o.hidden_states[-2] for o in pair], 2) for pair in outputs]
+    pooled = torch.stack([second.text_embeds for _, second in outputs]).mean(0).expand(n, -1)
+    null = told(zero, torch.zeros_like(prompt["added_cond_kwargs"]["text_embeds"]))
+    return null, prompt, told(zero, pooled), host_prompt and text([host_prompt] * n), contexts
 
 
 def mask_of(candidates: list[np.ndarray], size, invert: bool, kernel_size: int, sigma: float) -> np.ndarray:
@@ -63,27 +96,27 @@ def mask_of(candidates: list[np.ndarray], size, invert: bool, kernel_size: int, 
 @torch.no_grad()
 def reference_latents(
     pipe, prompts, host_prompt, cae, latents, *, steps, w_e, w_f, w_h, start, token="sot", fractions=(1 / 4, 1 / 2), kernel_size=3, sigma=1.0,
-    guidance_rescale=0.0,
+    guidance_rescale=0.0, conditions=sd_conditions,
 ):  # fmt: skip
     """Latents after `steps` DDIM steps and the last step's masks; `start` None: no masking."""
     unet, n = pipe.unet, len(prompts)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
-    null, prompt = text_states(pipe, [""] * n), text_states(pipe, prompts)
+    null, prompt, fidelity, host, contexts = conditions(pipe, prompts, host_prompt, cae, latents.shape[-2:])
     names = [name.removesuffix(".processor") for name in unet.attn_processors if name.endswith("attn2.processor")]
     order = {"down": 0, "mid_": 1, "up_b": 2}
-    rows = dict(zip(sorted(names, key=lambda name: order[name[:4]]), cae.embeddings["text_encoder"]))
-    recorders = {name: RecordingAttention(cae_states(pipe, row)) for name, row in rows.items()}
+    names = sorted(names, key=lambda name: order[name[:4]])
+    recorders = {name: RecordingAttention(context) for name, context in zip(names, contexts, strict=True)}
     tokens = cae.embeddings["text_encoder"].shape[1]
     columns = {"sot": [0], "eot": [tokens + 1], "subject": list(range(1, tokens + 1))}[token]
     h, w = latents.shape[-2:]
     masks = None
     for i, t in enumerate(scheduler.timesteps):
-        e_null, e_prompt = (unet(latents, t, c).sample for c in (null, prompt))
+        e_null, e_prompt = (unet(latents, t, **c).sample for c in (null, prompt))
         own = {name: unet.get_submodule(name).processor for name in recorders}
         for name, recorder in recorders.items():
             unet.get_submodule(name).processor = recorder
-        e_cae = unet(latents, t, null).sample
+        e_cae = unet(latents, t, **fidelity).sample
         for name, processor in own.items():
             unet.get_submodule(name).processor = processor
         m = None
@@ -100,7 +133,7 @@ def reference_latents(
             m = torch.from_numpy(masks).float()[:, None]
         guided = e_null + w_e * (1 if m is None else 1 - m) * (e_prompt - e_null) + w_f * (1 if m is None else m) * (e_cae - e_null)
         if host_prompt is not None:
-            guided = guided + w_h * (unet(latents, t, text_states(pipe, [host_prompt] * n)).sample - e_null)
+            guided = guided + w_h * (unet(latents, t, **host).sample - e_null)
         if guidance_rescale:
             matched = guided * e_prompt.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
             guided = guidance_rescale * matched + (1 - guidance_rescale) * guided

@@ -15,17 +15,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import DIM, ROOT, noise, tiny_stock
+from conftest import DIM, DIM_2, ROOT, noise, tiny_stock, tiny_stock_xl
 from diffusers import DDIMScheduler
-from reference import RecordingAttention, cae_states
+from reference import RecordingAttention, cae_output
 from safetensors import safe_open
 
 from degu.attention_processors import cross_attention_layers
-from degu.pipelines import StableDiffusionDeGuPipeline
+from degu.pipelines import StableDiffusionDeGuPipeline, StableDiffusionXLDeGuPipeline
+from degu.training.backbones import load_backbone
 from degu.training.embeddings import LearnedEmbeddings
-from degu.training.instance_images import load_instance_images, training_view
+from degu.training.instance_images import InstanceImage, load_instance_images, training_view
 from degu.training.latent_cache import Batch, cache_latents, draw_batch
-from degu.training.sd_backbone import load_backbone
 from degu.training.train_cae import main
 
 SCRIPT = ROOT / "training" / "train_cae.py"
@@ -233,7 +233,7 @@ def test_loss_is_the_references(kind, layerwise, masked, tmp_path):
     learned = torch.randn(len(layers) if layerwise else 1, 3, DIM, generator=torch.Generator().manual_seed(5), requires_grad=True)
     mask = torch.zeros(2, 1, 16, 16)
     mask[0, :, :8], mask[1, :, 4:] = 1, 1
-    batch = Batch(latents=noise(2), noise=noise(2, seed=9), timesteps=torch.tensor([100, 700]), masks=mask if masked else None)
+    batch = Batch(latents=noise(2), noise=noise(2, seed=9), timesteps=torch.tensor([100, 700]), masks=mask if masked else None, sizes=torch.zeros(2, 6))
     with backbone.conditioned_on({"text_encoder": learned}, 2) as condition:
         loss = backbone.loss(condition, batch)
         loss.backward()
@@ -245,25 +245,90 @@ def test_loss_is_the_references(kind, layerwise, masked, tmp_path):
     target = batch.noise if kind == "epsilon" else a.sqrt() * batch.noise - (1 - a).sqrt() * clean
     with torch.no_grad():
         for i, layer in enumerate(cross_attention_layers(stock.unet)):
-            layer.module.processor = RecordingAttention(cae_states(stock, learned[i if layerwise else 0]))
+            layer.module.processor = RecordingAttention(cae_output(stock.text_encoder, stock.tokenizer, learned[i if layerwise else 0])[0])
         error = (stock.unet(noisy, batch.timesteps, torch.zeros(2, 32, DIM)).sample - target) ** 2
     expected = error[mask.expand_as(error) == 1].mean() if masked else error.mean()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
     assert learned.grad.abs().amax((1, 2)).min() > 0, "every layer's rows are learned"
-    for module in (backbone.unet, backbone.vae, backbone.text_encoder):
+    for module in (backbone.unet, backbone.vae, backbone.text_encoders["text_encoder"][0]):
         assert all(not p.requires_grad and p.grad is None for p in module.parameters())
 
 
 def test_rows_are_float32_in_a_half_precision_model(base):
     backbone = load_backbone(str(base), None, None, torch.bfloat16, "cpu")
     learned = LearnedEmbeddings(backbone.initial_embeddings("dog"), 16, 3)
-    batch = Batch(latents=noise(1), noise=noise(1, seed=9), timesteps=torch.tensor([100]), masks=None)
+    batch = Batch(latents=noise(1), noise=noise(1, seed=9), timesteps=torch.tensor([100]), masks=None, sizes=torch.zeros(1, 6))
     with backbone.conditioned_on(learned(), 1) as condition:
         backbone.loss(condition, batch).backward()
     parameter = learned.rows["text_encoder"]
     assert backbone.unet.dtype == torch.bfloat16 and parameter.dtype == parameter.grad.dtype == torch.float32
-    expected = backbone.text_encoder.get_input_embeddings().weight[backbone.tokenizer("dog").input_ids[1]].float()
+    encoder, tokenizer = backbone.text_encoders["text_encoder"]
+    expected = encoder.get_input_embeddings().weight[tokenizer("dog").input_ids[1]].float()
     assert torch.equal(parameter, expected.expand(16, 3, -1))
+
+
+# --- Stable Diffusion XL ---
+
+
+@pytest.fixture(scope="module")
+def base_xl(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base_xl")
+    tiny_stock_xl().save_pretrained(folder)
+    return folder
+
+
+def test_loss_is_the_references_on_sdxl(base_xl):
+    """A set per transformer, both encoders' states, the mean pooled embedding, the view's own sizes."""
+    backbone = load_backbone(str(base_xl), None, None, torch.float32, "cpu")
+    stock, generator = tiny_stock_xl(), torch.Generator().manual_seed(5)
+    names = [layer.name for layer in cross_attention_layers(stock.unet)]
+    modules = list(dict.fromkeys(name.split(".transformer_blocks.")[0] for name in names))
+    learned = {"text_encoder": torch.randn(7, 3, DIM, generator=generator), "text_encoder_2": torch.randn(7, 3, DIM_2, generator=generator)}
+    learned = {name: rows.requires_grad_() for name, rows in learned.items()}
+    sizes = torch.tensor([[100.0, 80, 0, 4, 64, 64], [64, 64, 0, 0, 64, 64]])
+    batch = Batch(latents=noise(2), noise=noise(2, seed=9), timesteps=torch.tensor([100, 700]), masks=None, sizes=sizes)
+    with backbone.conditioned_on(learned, 2) as condition:
+        loss = backbone.loss(condition, batch)
+        loss.backward()
+    noisy = stock.scheduler.add_noise(batch.latents * stock.vae.config.scaling_factor, batch.noise, batch.timesteps)
+    encoders = ((stock.text_encoder, stock.tokenizer), (stock.text_encoder_2, stock.tokenizer_2))
+    with torch.no_grad():
+        outputs = [[cae_output(*encoder, row) for encoder, row in zip(encoders, pair)] for pair in zip(*learned.values())]
+        for layer in cross_attention_layers(stock.unet):
+            pair = outputs[modules.index(layer.name.split(".transformer_blocks.")[0])]
+            layer.module.processor = RecordingAttention(torch.cat([output.hidden_states[-2] for output in pair], 2))
+        pooled = torch.stack([second.text_embeds for _, second in outputs]).mean(0).expand(2, -1)
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        predicted = stock.unet(noisy, batch.timesteps, torch.zeros(2, 32, DIM + DIM_2), added_cond_kwargs=added).sample
+    torch.testing.assert_close(loss.detach(), (predicted - batch.noise).square().mean(), rtol=1e-4, atol=1e-5)
+    assert all(rows.grad.abs().amax((1, 2)).min() > 0 for rows in learned.values()), "every set is learned"
+
+
+def test_script_on_sdxl(base_xl, photos, tmp_path):
+    run = start(*flags(base_xl, photos, tmp_path, steps=2, resolution=64, mixed_precision="bf16", validation_prompt="a dog", num_validation_images=1))
+    printed, _ = run.communicate()
+    assert run.returncode == 0, printed
+    assert (tmp_path / "validation" / "step-000002-0.png").is_file()
+    assert "StableDiffusionXLDeGuPipeline" in (tmp_path / "README.md").read_text()
+    with safe_open(tmp_path / "cae_embeddings.safetensors", "pt") as file:
+        assert file.metadata()["family"] == "sdxl" and len(json.loads(file.metadata()["layer_names"])) == 7
+        assert file.get_tensor("cae.text_encoder").shape == (7, 2, DIM) and file.get_tensor("cae.text_encoder_2").shape == (7, 2, DIM_2)
+    pipe = StableDiffusionXLDeGuPipeline.from_pretrained(base_xl)
+    pipe.load_cae_embeddings(tmp_path)
+    assert pipe.get_list_cae_adapters() == ["default_0"]
+
+
+def test_views_know_their_sizes(tmp_path):
+    """As SDXL's own training told it: the original's size, where the crop lies, the view's size; mirrored crops count from the other side."""
+    picture = np.zeros((40, 100, 3), np.uint8)
+    picture[:, :20] = 255
+    image = InstanceImage(tmp_path, PIL.Image.fromarray(picture))
+    for seed in range(20):
+        view = training_view(image, 40, False, True, np.random.default_rng(seed))
+        height, width, top, left, *side = view.sizes
+        assert (height, width, top, *side) == (40, 100, 0, 40, 40) and 0 <= left <= 60
+        white = (view.pixels[0, 20] > 0).nonzero().flatten().tolist()
+        assert white in ([c for c in range(40) if left + c < 20], [c for c in range(40) if left + c >= 80])
 
 
 # --- pictures and latents ---
@@ -302,8 +367,8 @@ def test_masks_go_with_their_pictures(tmp_path):
     PIL.Image.fromarray(np.triu(np.full((64, 64), 255, np.uint8))).save(masks / "a.png")
     (image,) = load_instance_images(pictures, masks)
     for seed in range(4):
-        pixels, mask = training_view(image, 32, False, True, np.random.default_rng(seed))
-        assert pixels.shape == (3, 32, 32) and mask.shape == (1, 32, 32) and 0.4 < mask.mean() < 0.6
+        view = training_view(image, 32, False, True, np.random.default_rng(seed))
+        assert view.pixels.shape == (3, 32, 32) and view.mask.shape == (1, 32, 32) and 0.4 < view.mask.mean() < 0.6
     PIL.Image.new("L", (9, 9)).save(masks / "a.png")
     with pytest.raises(ValueError, match="9x9"):
         load_instance_images(pictures, masks)
@@ -314,7 +379,7 @@ def test_latents_are_encoded_once_and_sampled_afresh(photos):
     images = load_instance_images(photos)
     cache = cache_latents(stock.vae, images, 64, center_crop=True, random_flip=False, variants=1, seed=0)
     with torch.no_grad():
-        posterior = stock.vae.encode(training_view(images[1], 64, True, False, np.random.default_rng(0))[0][None]).latent_dist
+        posterior = stock.vae.encode(training_view(images[1], 64, True, False, np.random.default_rng(0)).pixels[None]).latent_dist
     torch.testing.assert_close(cache.mean[1:2], posterior.mean)
     torch.testing.assert_close(cache.std[1:2], posterior.std)
     draws = torch.stack([draw_batch(cache, range(3 * i, 3 * i + 3), 1000, seed=0).latents for i in range(300)])

@@ -71,14 +71,18 @@ def _mask_of(path: Path, size: tuple[int, int], folder: Path) -> Image.Image:
     return mask
 
 
-def training_view(
-    image: InstanceImage, resolution: int, center_crop: bool, random_flip: bool, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One square view: the shorter side scaled to `resolution`, then cropped, perhaps mirrored.
+@dataclass(frozen=True)
+class TrainingView:
+    """`pixels` (3, resolution, resolution) in -1..1; `mask` (1, resolution, resolution) in 0..1, or None; and `sizes`, in SDXL's
+    order: height and width of the original, top and left of the crop, height and width of the view."""
 
-    Returns:
-        The picture (3, resolution, resolution) in -1..1 and its mask (1, resolution, resolution) in 0..1, or None.
-    """
+    pixels: torch.Tensor
+    mask: torch.Tensor | None
+    sizes: tuple[int, int, int, int, int, int]
+
+
+def training_view(image: InstanceImage, resolution: int, center_crop: bool, random_flip: bool, rng: np.random.Generator) -> TrainingView:
+    """One square view: the shorter side scaled to `resolution`, then cropped, perhaps mirrored."""
     width, height = image.picture.size
     scale = resolution / min(width, height)
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
@@ -91,7 +95,8 @@ def training_view(
         pixels = np.array(ImageOps.mirror(picture) if mirrored else picture, np.float32)
         return torch.from_numpy(pixels.reshape(resolution, resolution, -1)).permute(2, 0, 1) / 255
 
-    return view(image.picture) * 2 - 1, None if image.mask is None else view(image.mask)
+    sizes = (height, width, top, room[0] - left if mirrored else left, resolution, resolution)
+    return TrainingView(view(image.picture) * 2 - 1, None if image.mask is None else view(image.mask), sizes)
 
 
 def is_augmented(images: list[InstanceImage], center_crop: bool, random_flip: bool) -> bool:

@@ -17,12 +17,14 @@ class LatentCache:
     mean, std: of the VAE's posterior, unscaled, float32 (images * variants, channels, h, w); a picture's variants
         stand together.
     masks: (images * variants, 1, h, w) in 0..1, or None.
+    sizes: (images * variants, 6), what `TrainingView.sizes` says.
     variants: views per picture.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     masks: torch.Tensor | None
+    sizes: torch.Tensor
     variants: int
 
     @property
@@ -35,27 +37,30 @@ def cache_latents(
     vae, images: list[InstanceImage], resolution: int, center_crop: bool, random_flip: bool, variants: int, seed: int
 ) -> LatentCache:
     """Encodes `variants` views of each picture, one at a time."""
-    means, stds, masks = [], [], []
+    means, stds, masks, sizes = [], [], [], []
     for index, image in enumerate(images):
         for variant in range(variants):
             rng = np.random.default_rng((seed, index, variant))
-            pixels, mask = training_view(image, resolution, center_crop, random_flip, rng)
-            posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+            view = training_view(image, resolution, center_crop, random_flip, rng)
+            posterior = vae.encode(view.pixels[None].to(vae.device, vae.dtype)).latent_dist
             means.append(posterior.mean.float())
             stds.append(posterior.std.float())
-            if mask is not None:
-                masks.append(F.interpolate(mask[None], posterior.mean.shape[-2:], mode="area").to(vae.device))
-    return LatentCache(torch.cat(means), torch.cat(stds), torch.cat(masks) if masks else None, variants)
+            sizes.append(view.sizes)
+            if view.mask is not None:
+                masks.append(F.interpolate(view.mask[None], posterior.mean.shape[-2:], mode="area").to(vae.device))
+    sizes = torch.tensor(sizes, dtype=torch.float32, device=vae.device)
+    return LatentCache(torch.cat(means), torch.cat(stds), torch.cat(masks) if masks else None, sizes, variants)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`latents`, `noise` (n, channels, h, w), `timesteps` (n,), `masks` (n, 1, h, w) or None."""
+    """`latents`, `noise` (n, channels, h, w), `timesteps` (n,), `masks` (n, 1, h, w) or None, `sizes` (n, 6)."""
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     masks: torch.Tensor | None
+    sizes: torch.Tensor
 
 
 def draw_batch(cache: LatentCache, examples: range, num_train_timesteps: int, seed: int) -> Batch:
@@ -82,4 +87,5 @@ def draw_batch(cache: LatentCache, examples: range, num_train_timesteps: int, se
         noise=torch.stack(noise).to(device),
         timesteps=torch.stack(timesteps).to(device),
         masks=None if cache.masks is None else cache.masks[chosen],
+        sizes=cache.sizes[chosen],
     )

@@ -18,7 +18,7 @@ _TEXT = """---
 One subject, learned for Decoupled Guidance (DeGu) on `{base_model}`.
 
 ```python
-pipe = StableDiffusionDeGuPipeline.from_pretrained("{base_model}")
+pipe = {pipeline}.from_pretrained("{base_model}")
 pipe.load_cae_embeddings("{location}")
 image = pipe("a {noun} in the snow").images[0]
 ```
@@ -29,13 +29,14 @@ image = pipe("a {noun} in the snow").images[0]
 """
 
 
-def write_model_card(folder: Path, metadata: Mapping[str, str], repository: str | None) -> None:
-    """Writes `README.md` beside the embeddings."""
+def write_model_card(folder: Path, metadata: Mapping[str, str], repository: str | None, pipeline: str) -> None:
+    """Writes `README.md` beside the embeddings, for the class `pipeline`."""
     data = ModelCardData(
         base_model=metadata["base_model"], library_name="diffusers", tags=["text-to-image", "diffusers", "degu", "context-agnostic-embeddings"]
     )
     rows = "\n".join(f"| {name} | {value} |" for name, value in metadata.items())
     text = _TEXT.format(
-        header=data.to_yaml(), noun=metadata["class_noun"], base_model=metadata["base_model"], location=repository or DEFAULT_NAME, rows=rows
-    )
+        header=data.to_yaml(), noun=metadata["class_noun"], base_model=metadata["base_model"], pipeline=pipeline,
+        location=repository or DEFAULT_NAME, rows=rows,
+    )  # fmt: skip
     ModelCard(text).save(folder / "README.md")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from typing import Sequence
 
 import accelerate
@@ -22,13 +23,13 @@ from tqdm.auto import tqdm
 
 from degu.pipelines.cae_file import DEFAULT_NAME, save_cae
 from degu.training.arguments import parse_args
+from degu.training.backbones import load_backbone
 from degu.training.checkpoint import find_checkpoint, load_state, save_checkpoint
 from degu.training.embeddings import LearnedEmbeddings
 from degu.training.instance_images import is_augmented, load_instance_images
 from degu.training.latent_cache import cache_latents, draw_batch
 from degu.training.log import logger
 from degu.training.model_card import write_model_card
-from degu.training.sd_backbone import load_backbone
 
 # What has to be as it was for a resumed run to equal an uninterrupted one.
 _RUN = ("num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "seed")
@@ -78,7 +79,9 @@ def metadata_of(args, base_model: str, step: int, batch: int, learning_rate: flo
 def validate(args, accelerator: Accelerator, backbone, cae, step: int) -> None:
     """Pictures for `--validation_prompt` from the modules already in memory: to the trackers and to `validation/`."""
     pipeline = backbone.pipeline
-    pipeline.load_cae_embeddings({f"cae.{name}": rows for name, rows in cae.embeddings.items()}, adapter_name="validation")
+    with tempfile.TemporaryDirectory() as folder:
+        save_cae(cae, os.path.join(folder, DEFAULT_NAME), backbone.family)
+        pipeline.load_cae_embeddings(folder, adapter_name="validation")
     try:
         generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
         images = pipeline([args.validation_prompt] * args.num_validation_images, generator=generators).images
@@ -121,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if resolution % backbone.resolution_multiple:
         raise ValueError(f"`--resolution` has to be a multiple of {backbone.resolution_multiple} for this model, but is {resolution}.")
 
-    layers = 1 if args.no_layerwise else len(backbone.layers)
+    layers = 1 if args.no_layerwise else len(backbone.set_names)
     learned = LearnedEmbeddings(backbone.initial_embeddings(args.class_noun), layers, args.num_tokens).to(accelerator.device)
     joint_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     if args.scale_lr and args.optimizer != "prodigy":
@@ -138,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         backbone.vae, images, resolution, args.center_crop, args.random_flip,
         variants=args.augmentation_variants if is_augmented(images, args.center_crop, args.random_flip) else 1, seed=args.seed,
     )  # fmt: skip
-    if args.validation_prompt is None:
-        backbone.vae.to("cpu")  # only the latents are needed from here on
+    # The pictures are encoded: from here on the VAE only decodes validation pictures.
+    backbone.vae.to("cpu" if args.validation_prompt is None else accelerator.device, dtype)
     embeddings, optimizer, schedule = accelerator.prepare(learned, optimizer, schedule)
 
     run = {name: getattr(args, name) for name in _RUN} | {"joint batch": joint_batch}
@@ -157,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def snapshot():
         metadata = metadata_of(args, args.pretrained_model_name_or_path, step, joint_batch, args.learning_rate, resolution)
-        return learned.snapshot(backbone.layer_names, metadata)
+        return learned.snapshot(backbone.set_names, metadata)
 
     logger.info(
         f"{len(images)} pictures, {cache.variants} views each, at {resolution} px; {layers} x {args.num_tokens} embeddings; "
@@ -210,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         repository = None
         if args.push_to_hub:
             repository = create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True).repo_id
-        write_model_card(args.output_dir, cae.metadata, repository)
+        write_model_card(args.output_dir, cae.metadata, repository, type(backbone.pipeline).__name__)
         if repository is not None:
             upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=["checkpoint-*", "logs/*", ".*"])
         logger.info(f"Wrote {args.output_dir / DEFAULT_NAME}.")

@@ -1,0 +1,31 @@
+"""From a model's folder or Hub id to the backbone of its family."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+
+from degu.training.sd_backbone import StableDiffusionBackbone
+from degu.training.sd_xl_backbone import StableDiffusionXLBackbone
+
+_BACKBONES = {
+    "StableDiffusionPipeline": StableDiffusionBackbone,
+    "StableDiffusionDeGuPipeline": StableDiffusionBackbone,
+    "StableDiffusionXLPipeline": StableDiffusionXLBackbone,
+    "StableDiffusionXLDeGuPipeline": StableDiffusionXLBackbone,
+}
+
+
+def load_backbone(
+    pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device
+) -> StableDiffusionBackbone:
+    """The backbone for the model's family, which its own `model_index.json` tells.
+
+    Raises:
+        ValueError: a family that training does not support.
+    """
+    config = DiffusionPipeline.load_config(pretrained_model_name_or_path, revision=revision)
+    name = config.get("_class_name", "")
+    if name not in _BACKBONES:
+        raise ValueError(f"{pretrained_model_name_or_path} is a {name or 'model of unknown kind'}; training supports {list(_BACKBONES)}.")
+    return _BACKBONES[name](pretrained_model_name_or_path, revision, variant, dtype, device)

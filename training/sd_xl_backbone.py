@@ -1,0 +1,27 @@
+"""The frozen Stable Diffusion XL model that a CAE is trained on."""
+
+from __future__ import annotations
+
+import torch
+
+from degu.pipelines import StableDiffusionXLDeGuPipeline
+from degu.pipelines.streams import Condition
+from degu.training.latent_cache import Batch
+from degu.training.sd_backbone import StableDiffusionBackbone
+
+
+class StableDiffusionXLBackbone(StableDiffusionBackbone):
+    """Adds what SDXL's denoiser is told beside the text: the CAE's pooled embedding, and each view's sizes."""
+
+    pipeline_class = StableDiffusionXLDeGuPipeline
+    pipeline_options = {"add_watermarker": False}
+
+    @property
+    def set_names(self) -> list[str]:
+        """The transformers, each with all the cross-attention layers in it: 11 in SDXL, where 70 layers each with a set of their own
+        would be 70 sequences through both text encoders at every step."""
+        return list(dict.fromkeys(name.split(".transformer_blocks.")[0] for name in self.layer_names))
+
+    def predict(self, noisy: torch.Tensor, condition: Condition, batch: Batch) -> torch.Tensor:
+        added = {"text_embeds": condition.pooled, "time_ids": batch.sizes}
+        return self.unet(noisy, batch.timesteps, condition.embeds, added_cond_kwargs=added).sample
