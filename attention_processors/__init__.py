@@ -7,11 +7,21 @@ from degu.attention_processors.cross_attention import (
     FidelityStream,
     cross_attention_layers,
 )
+from degu.attention_processors.joint_attention import (
+    JointAttentionLayer,
+    JointFidelityAttnProcessor,
+    JointFidelityStream,
+    joint_attention_layers,
+)
 
 __all__ = [
     "AttentionMaps",
     "CrossAttentionLayer",
     "FidelityAttnProcessor",
     "FidelityStream",
+    "JointAttentionLayer",
+    "JointFidelityAttnProcessor",
+    "JointFidelityStream",
     "cross_attention_layers",
+    "joint_attention_layers",
 ]

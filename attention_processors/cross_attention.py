@@ -81,6 +81,10 @@ class FidelityStream:
     captured: frozenset[str] = frozenset()
     _wrappers: dict[str, FidelityAttnProcessor] = field(default_factory=dict)
 
+    def wrapper(self, layer: CrossAttentionLayer, processor) -> FidelityAttnProcessor:
+        """What stands in for the layer's own processor."""
+        return FidelityAttnProcessor(processor, self, layer)
+
     @contextlib.contextmanager
     def attached(self, layers: list[CrossAttentionLayer]) -> Iterator[None]:
         """Wraps the processors of `layers` for the length of one evaluation of the denoiser; always puts them back."""
@@ -89,7 +93,7 @@ class FidelityStream:
             for layer, processor in zip(layers, inner):
                 wrapper = self._wrappers.get(layer.name)
                 if wrapper is None or wrapper.inner is not processor:
-                    wrapper = self._wrappers[layer.name] = FidelityAttnProcessor(processor, self, layer)
+                    wrapper = self._wrappers[layer.name] = self.wrapper(layer, processor)
                 _set_processor(layer.module, wrapper)
             yield
         finally:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import UNet2DConditionModel
 
-from degu.attention_processors import cross_attention_layers
+from degu.attention_processors import FidelityStream, cross_attention_layers
 from degu.pipelines.families import SD
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
 
@@ -55,8 +55,10 @@ def main() -> None:
     contexts = {layer.name: random(1, tokens, unet.config.cross_attention_dim) for layer in layers}
     levels = sorted({layer.level for layer in layers if layer.decoder}, reverse=True)
     levels = tuple(levels[:2] if args.resolutions is None else [level for level in levels if 2.0**-level in args.resolutions])
-    pipe = SimpleNamespace(guidance_scale=7.5, guidance_rescale=0.0, num_timesteps=1, active_cae=SimpleNamespace(num_tokens=5))
-    guided = GuidedDenoiser(pipe, unet.forward, layers, contexts, None, None, 2.0, 0.0, Masking(0.0, SD.tcam, levels), sliced=False)
+    pipe = SimpleNamespace(guidance_scale=7.5, guidance_rescale=0.0, num_timesteps=1)
+    captured = frozenset(layer.name for layer in layers if layer.decoder and layer.level in levels)
+    fidelity, masking = FidelityStream(slice(0), contexts, None, captured), Masking(0.0, SD.tcam, slice(0, 1), levels)
+    guided = GuidedDenoiser(pipe, unet.forward, layers, fidelity, None, None, 2.0, 0.0, masking, sliced=False)
     sample, rows, three = torch.cat([latents] * 2), torch.cat([latents] * 3), torch.cat([texts, texts[:n]])
 
     @torch.no_grad()

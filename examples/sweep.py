@@ -61,11 +61,11 @@ def mask_overlaps(pipe, folder: Path, steps: int) -> dict[str, dict[str, float]]
         images = torch.from_numpy(np.stack(rendered(pictures))).permute(0, 3, 1, 2) / 127.5 - 1
         latents = pipe.vae.encode(images).latent_dist.mode() * pipe.vae.config.scaling_factor
         truth = torch.nn.functional.interpolate(exact[:, None], latents.shape[-2:], mode="area")[:, 0] > 0.5
-        contexts, tokens = pipe._encode_active_cae(), pipe.active_cae.num_tokens
+        contexts = pipe._fidelity(None, {})[0].contexts
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(subject))
         for token, t in itertools.product(("sot", "eot", "subject"), (200, 400, 600, 800)):
             config = TcamConfig(start=0.0, token=token, kernel_size=3, sigma=1.0)
-            maps = AttentionMaps(config.token_positions(tokens))
+            maps = AttentionMaps(pipe._token_positions(config))
             noisy = pipe.scheduler.add_noise(latents, noise, torch.tensor(t))
             placeholder = next(iter(contexts.values())).expand(len(noisy), -1, -1)
             with FidelityStream(slice(0, len(noisy)), contexts, maps, captured).attached(layers):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Mapping
+
 import torch
 
 from degu.pipelines import StableDiffusionDeGuPipeline
 from degu.pipelines.cae_encoding import encode_with_rows
-from degu.pipelines.cae_file import rows_by_layer
 
 
 class UnifiedPromptPipeline(StableDiffusionDeGuPipeline):
@@ -26,14 +27,12 @@ class UnifiedPromptPipeline(StableDiffusionDeGuPipeline):
             images += self(prompt, guidance_scale=0.0, fidelity_guidance_scale=guidance_scale, **own, **kwargs).images
         return images
 
-    def _encode_active_cae(self) -> dict[str, torch.Tensor]:
+    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
         prompt, noun = self._unified
-        tokenizer, rows = self.tokenizer, self.active_cae.embeddings["text_encoder"]
+        tokenizer, rows = self.tokenizer, embeddings["text_encoder"]
         before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in prompt.split(noun, 1))
         ids = [tokenizer.bos_token_id, *before, *[before[0]] * rows.shape[1], *after][: tokenizer.model_max_length - 1]
         ids += [tokenizer.eos_token_id]
         ids += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids))
         positions = slice(1 + len(before), 1 + len(before) + rows.shape[1])
-        encoded = encode_with_rows(self.text_encoder, tokenizer, torch.tensor(ids), positions, rows)[0].to(self.unet.dtype)
-        names = [layer.name for layer in self._layers()]
-        return {name: encoded[row : row + 1] for name, row in rows_by_layer(self.active_cae, names).items()}
+        return encode_with_rows(self.text_encoder, tokenizer, torch.tensor(ids), positions, rows)[0], None

@@ -5,21 +5,25 @@ from __future__ import annotations
 from typing import Sequence
 
 import torch
+import torch.nn.functional as F
 
 
-def cae_sequence(tokenizer, num_tokens: int) -> tuple[torch.Tensor, slice]:
+def cae_sequence(tokenizer, num_tokens: int, length: int | None = None) -> tuple[torch.Tensor, slice]:
     """Token ids (length,) of the sequence, with a placeholder for each V, and where the V stand.
 
+    `length` is by default the tokenizer's `model_max_length`. T5's sequences have no start.
+
     Raises:
-        ValueError: more tokens than fit into the text encoder's context.
+        ValueError: more tokens than fit.
     """
-    length = tokenizer.model_max_length
-    if num_tokens + 2 > length:
-        raise ValueError(f"{num_tokens} CAE tokens do not fit: the text encoder reads {length} tokens, two of them start and end.")
+    length = length or tokenizer.model_max_length
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if len(start) + num_tokens + 1 > length:
+        raise ValueError(f"{num_tokens} CAE tokens do not fit: the text encoder reads {length} tokens, start and end included.")
     specials = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     placeholder = next(i for i in range(len(specials) + 1) if i not in specials)  # any ordinary token; never seen
-    ids = [tokenizer.bos_token_id, *[placeholder] * num_tokens, tokenizer.eos_token_id]
-    return torch.tensor(ids + [tokenizer.pad_token_id] * (length - len(ids))), slice(1, num_tokens + 1)
+    ids = [*start, *[placeholder] * num_tokens, tokenizer.eos_token_id]
+    return torch.tensor(ids + [tokenizer.pad_token_id] * (length - len(ids))), slice(len(start), len(start) + num_tokens)
 
 
 def encode_cae(text_encoder, tokenizer, embeddings: torch.Tensor) -> torch.Tensor:
@@ -54,17 +58,49 @@ def encode_cae_xl(encoders: Sequence[tuple], embeddings: Sequence[torch.Tensor])
     return torch.cat([output.hidden_states[-2] for output in outputs], -1), outputs[-1].text_embeds.mean(0, keepdim=True)
 
 
-def encode_with_rows(text_encoder, tokenizer, ids: torch.Tensor, positions: slice, rows: torch.Tensor, **options):
+def encode_cae_3(
+    clips: Sequence[tuple], t5: tuple | None, embeddings: Sequence[torch.Tensor], t5_length: int, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode_cae` as SD 3 reads its text: the two CLIPs' penultimate states side by side, widened with zeros, then T5's.
+
+    Args:
+        clips: (text encoder with a projection, tokenizer), twice.
+        t5: (text encoder, tokenizer), or None: zeros take its place, as stock has it.
+        embeddings: (1, tokens, dim) for each of them.
+        t5_length: how long T5's part is, stock's `max_sequence_length`.
+        dim: the width of the sequence.
+
+    Returns:
+        The sequence (1, length, dim) and both CLIPs' pooled embeddings side by side (1, projected).
+    """
+    outputs = []
+    for (text_encoder, tokenizer), rows in zip(clips, embeddings):
+        ids, positions = cae_sequence(tokenizer, rows.shape[1])
+        outputs.append(encode_with_rows(text_encoder, tokenizer, ids, positions, rows, output_hidden_states=True))
+    clip = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+    if t5 is None:
+        last = clip.new_zeros(1, t5_length, dim)
+    else:
+        (text_encoder, tokenizer), rows = t5, embeddings[-1]
+        ids, positions = cae_sequence(tokenizer, rows.shape[1], t5_length)
+        # Its encoder looks tokens up in an embedding matrix of its own, which shares the weights of the model's.
+        last = encode_with_rows(text_encoder, tokenizer, ids, positions, rows, table=text_encoder.encoder.get_input_embeddings())[0]
+    sequence = torch.cat([F.pad(clip, (0, dim - clip.shape[-1])), last.to(clip.device, clip.dtype)], 1)
+    return sequence, torch.cat([output.text_embeds for output in outputs], -1)
+
+
+def encode_with_rows(text_encoder, tokenizer, ids: torch.Tensor, positions: slice, rows: torch.Tensor, table=None, **options):
     """Encodes the sequence `ids` (length,) once for each of `rows` (n, tokens, dim), which stand at `positions`.
 
     Neither tokenizer nor embedding matrix is touched: for this one evaluation a hook puts the rows where the
-    placeholders' embeddings would be. Returns the text encoder's output; `options` go to it.
+    placeholders' embeddings would be. Returns the text encoder's output; `options` go to it. `table`: the module that
+    embeds the tokens, where it is not the encoder's `get_input_embeddings()`.
     """
 
     def insert(module, args, output):  # output (n, length, dim)
         return torch.cat([output[:, : positions.start], rows.to(output.device, output.dtype), output[:, positions.stop :]], 1)
 
-    hook = text_encoder.get_input_embeddings().register_forward_hook(insert)
+    hook = (table or text_encoder.get_input_embeddings()).register_forward_hook(insert)
     try:
         ids = ids.expand(len(rows), -1).to(rows.device)
         mask = (ids != tokenizer.pad_token_id).long() if getattr(text_encoder.config, "use_attention_mask", False) else None

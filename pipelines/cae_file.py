@@ -6,11 +6,14 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Mapping
+from typing import Collection, Mapping
 
 import torch
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_NAME = "cae_embeddings.safetensors"
 FORMAT = "degu-cae"
@@ -60,8 +63,10 @@ def save_cae(cae: ContextAgnosticEmbeddings, path: str | os.PathLike, family: st
         temporary.unlink(missing_ok=True)
 
 
-def read_cae(path: str | os.PathLike, family: str, dims: Mapping[str, int]) -> ContextAgnosticEmbeddings:
+def read_cae(path: str | os.PathLike, family: str, dims: Mapping[str, int], unused: Collection[str] = ()) -> ContextAgnosticEmbeddings:
     """Reads and checks a file for a model of `family` whose text encoders embed tokens in `dims` dimensions.
+
+    Rows for the text encoders in `unused`, which the pipeline has been loaded without, may be in the file; they are left out.
 
     Raises:
         ValueError: the file is damaged, not a CAE, or made for another kind of model; the message says which.
@@ -81,13 +86,14 @@ def read_cae(path: str | os.PathLike, family: str, dims: Mapping[str, int]) -> C
         raise ValueError(
             f"{path} has CAE format version {metadata.get('format_version')!r}; this version of degu reads {FORMAT_VERSION!r}."
         )
-    return parse_cae(tensors, family, dims, source=str(path), metadata=metadata)
+    return parse_cae(tensors, family, dims, unused, source=str(path), metadata=metadata)
 
 
 def parse_cae(
     tensors: Mapping[str, torch.Tensor],
     family: str,
     dims: Mapping[str, int],
+    unused: Collection[str] = (),
     source: str = "the given dict",
     metadata: Mapping[str, str] | None = None,
 ) -> ContextAgnosticEmbeddings:
@@ -99,6 +105,10 @@ def parse_cae(
             f"but this pipeline is of the family {family!r}. Train a CAE on this pipeline's base model."
         )
     expected, found = {_PREFIX + name for name in dims}, set(tensors)
+    left_out = sorted(found & {_PREFIX + name for name in unused})
+    if left_out:
+        logger.warning(f"{source}: {left_out} are left out, since the pipeline has no such text encoder.")
+        found -= set(left_out)
     if expected != found:
         raise ValueError(f"{source} holds the tensors {sorted(found)}, expected exactly {sorted(expected)}.")
     try:

@@ -8,7 +8,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from degu.attention_processors import CrossAttentionLayer, cross_attention_layers
+from degu.attention_processors import CrossAttentionLayer, FidelityStream, cross_attention_layers
 from degu.pipelines.cae_encoding import encode_cae
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings, rows_by_layer
 from degu.pipelines.cae_loader import CaeLoaderMixin
@@ -106,22 +106,39 @@ class DeGuMixin(CaeLoaderMixin):
         # Stock would not evaluate the null stream at guidance_scale <= 1; DeGu needs it at any scale.
         return self._guided is not None or super().do_classifier_free_guidance
 
-    # --- the family's models ---
+    # --- the family's models: as U-Nets have it, where a family does not say otherwise ---
+
+    @property
+    def _denoiser(self) -> torch.nn.Module:
+        return self.unet
 
     def _text_encoders(self) -> dict[str, tuple]:
         """(text encoder, its tokenizer) by component name."""
         return {"text_encoder": (self.text_encoder, self.tokenizer)}
+
+    def _token_positions(self, config: TcamConfig) -> slice:
+        """Where the token, or the subject's tokens, stand in `[SOT] V_1 ... V_N [EOT] [PAD] ...`."""
+        tokens = self.active_cae.num_tokens
+        return {"sot": slice(0, 1), "subject": slice(1, tokens + 1), "eot": slice(tokens + 1, tokens + 2)}[config.token]
+
+    def _encode_options(self, stock: dict[str, Any]) -> dict[str, Any]:
+        """What else of stock's arguments its `encode_prompt` is to be told."""
+        return {"lora_scale": (stock["cross_attention_kwargs"] or {}).get("scale")}
 
     def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The embeddings of each text encoder, (layers, tokens, dim), as the denoiser takes them: the hidden states
         (layers, length, hidden) and, in families that have it, the pooled embedding (1, dim)."""
         return encode_cae(self.text_encoder, self.tokenizer, embeddings["text_encoder"]), None
 
+    def _unused_text_encoders(self) -> tuple[str, ...]:
+        """Text encoders of the family that this pipeline does without."""
+        return ()
+
     def _cae_dims(self) -> dict[str, int]:
         return {name: encoder.get_input_embeddings().weight.shape[1] for name, (encoder, _) in self._text_encoders().items()}
 
     def _layers(self) -> list[CrossAttentionLayer]:
-        return cross_attention_layers(self.unet)
+        return cross_attention_layers(self._denoiser)
 
     def _check_cae(self, cae: ContextAgnosticEmbeddings, source: str) -> None:
         """Raises ValueError where the CAE is not for this denoiser and tokenizer."""
@@ -145,13 +162,15 @@ class DeGuMixin(CaeLoaderMixin):
             raise ValueError(f"`resolutions` {unknown} have no cross-attention in this decoder; it has {sorted(by_fraction)}.")
         return tuple(sorted({by_fraction[fraction] for fraction in config.resolutions}, reverse=True))
 
-    def _encode_active_cae(self) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """The active CAE as every cross-attention layer sees it, by layer name: (1, tokens, dim); and its pooled embedding."""
-        cae, device, dtype = self.active_cae, self._execution_device, self.unet.dtype
+    def _fidelity(self, masking: Masking | None, stock: dict[str, Any]) -> tuple[FidelityStream, Condition | None]:
+        """The active CAE, encoded: as every layer sees it, and what of it comes in with the batch."""
+        layers, cae, device, dtype = self._layers(), self.active_cae, self._execution_device, self._denoiser.dtype
         hidden, pooled = self._encode_cae({name: rows.to(device) for name, rows in cae.embeddings.items()})
-        hidden, pooled = hidden.to(device, dtype), None if pooled is None else pooled.to(device, dtype)
-        rows = rows_by_layer(cae, [layer.name for layer in self._layers()])
-        return {name: hidden[row : row + 1] for name, row in rows.items()}, pooled
+        hidden, rows = hidden.to(device, dtype), rows_by_layer(cae, [layer.name for layer in layers])
+        contexts = {name: hidden[row : row + 1] for name, row in rows.items()}
+        levels = masking.levels if masking is not None else ()
+        captured = frozenset(layer.name for layer in layers if layer.decoder and layer.level in levels)
+        return FidelityStream(slice(0), contexts, None, captured), None if pooled is None else Condition(None, pooled.to(device, dtype))
 
     # --- the call ---
 
@@ -186,13 +205,13 @@ class DeGuMixin(CaeLoaderMixin):
             prompts = _count(stock)
             images = prompts * (stock["num_images_per_prompt"] or 1)
             masking = self._masking(subject_mask, images, stock) if fidelity_scale != 0 else None
-            contexts, pooled = self._encode_active_cae() if fidelity_scale != 0 else (None, None)
+            fidelity, subject = self._fidelity(masking, stock) if fidelity_scale != 0 else (None, None)
             self._guided = GuidedDenoiser(
                 self,
-                denoise=self.unet.forward,
+                denoise=self._denoiser.forward,
                 layers=self._layers(),
-                contexts=contexts,
-                pooled=pooled,
+                fidelity=fidelity,
+                subject=subject,
                 host=self._encode_host(host, prompts, stock) if host_scale != 0 else None,
                 fidelity_scale=fidelity_scale,
                 host_scale=host_scale,
@@ -200,7 +219,7 @@ class DeGuMixin(CaeLoaderMixin):
                 sliced=self._stream_slicing,
             )
             try:
-                with self._guided.installed(self.unet):
+                with self._guided.installed(self._denoiser):
                     output = stock_call(*args, **kwargs)
                 self._last_masks = self._guided.last_masks
             finally:
@@ -238,26 +257,25 @@ class DeGuMixin(CaeLoaderMixin):
             return Masking(self.tcam.start, given=given.to(self._execution_device))
         if not self._tcam_enabled:
             return None
-        return Masking(self.tcam.start, self.tcam, self._levels(self.tcam))
+        return Masking(self.tcam.start, self.tcam, self._token_positions(self.tcam), self._levels(self.tcam))
 
     def _latent_size(self, stock: dict[str, Any]) -> tuple[int, int]:
         if stock.get("latents") is not None:
             return tuple(stock["latents"].shape[-2:])
         if not stock["height"] or not stock["width"]:
-            side = self.unet.config.sample_size
+            side = self._denoiser.config.sample_size
             return (side, side) if isinstance(side, int) else tuple(side)
         return stock["height"] // self.vae_scale_factor, stock["width"] // self.vae_scale_factor
 
     def _encode_host(self, host: Mapping[str, Any], prompts: int, stock: dict[str, Any]) -> Condition:
         """The host prompt as the pipeline itself encodes prompts, one row per image."""
-        host = {name: _one_per_prompt(name, value, prompts) for name, value in host.items() if value is not None}
         encoded = self.encode_prompt(
-            **({"prompt": None} | host),
+            **{name: None if value is None else _one_per_prompt(name, value, prompts) for name, value in host.items()},
             device=self._execution_device,
             num_images_per_prompt=stock["num_images_per_prompt"] or 1,
             do_classifier_free_guidance=False,
-            lora_scale=(stock["cross_attention_kwargs"] or {}).get("scale"),
             clip_skip=stock["clip_skip"],
+            **self._encode_options(stock),
         )
         embeds, pooled = encoded[0], encoded[2] if len(encoded) > 2 else None
         if stock["prompt_embeds"] is not None and stock["prompt_embeds"].shape[1] != embeds.shape[1]:

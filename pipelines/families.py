@@ -37,3 +37,11 @@ SDXL = Family(
     host_guidance_scale=3.0,
     tcam=TcamConfig(start=0.1, token="eot", kernel_size=5, sigma=1.0, resolutions=(1 / 4,)),
 )
+
+# The terminal token in the middle of the transformer is the paper's choice; the numbers are SD's, not swept here yet.
+SD3 = Family(
+    name="sd3",
+    fidelity_guidance_scale=4.0,
+    host_guidance_scale=3.0,
+    tcam=TcamConfig(start=0.1, token="eot", kernel_size=5, sigma=1.0),
+)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from degu.attention_processors import AttentionMaps, CrossAttentionLayer, FidelityStream
+from degu.attention_processors import AttentionMaps, CrossAttentionLayer, FidelityStream, JointAttentionLayer
 from degu.pipelines.guidance import decoupled_guidance
 from degu.pipelines.streams import Condition, map_batched
 from degu.pipelines.subject_mask import subject_masks
@@ -22,13 +22,15 @@ class Masking:
 
     Attributes:
         start: fraction of the steps before a mask acts.
-        tcam: None where masking is off or the mask is given.
+        tcam: None where the mask is given.
+        positions: of the token, or tokens, whose attention is read.
         levels: of the candidate maps, coarsest first.
         given: the user's mask at latent size, (n or 1, h, w) of 0 and 1.
     """
 
     start: float
     tcam: TcamConfig | None = None
+    positions: slice | None = None
     levels: tuple[int, ...] = ()
     given: torch.Tensor | None = None
 
@@ -45,9 +47,9 @@ class GuidedDenoiser:
         pipe: the pipeline; its current `guidance_scale`, `guidance_rescale` and step count are read at every step, so that
             callbacks can change them.
         denoise: the denoiser's own `forward`, hooks included.
-        layers: its cross-attention layers.
-        contexts: the encoded CAE by layer name, (1, tokens, dim) each; None: no fidelity stream.
-        pooled: the CAE's pooled embedding (1, dim), in families that have one.
+        layers: where it attends to text.
+        fidelity: what goes into them for the fidelity stream, and what is read; None: no such stream.
+        subject: the encoded CAE, for one image, as far as it comes in with the batch.
         host: the encoded host prompt; None: no host.
         fidelity_scale, host_scale: w_f, w_h.
         masking: where the masks come from; None: no masks.
@@ -58,9 +60,9 @@ class GuidedDenoiser:
         self,
         pipe,
         denoise: Callable[..., Any],
-        layers: list[CrossAttentionLayer],
-        contexts: Mapping[str, torch.Tensor] | None,
-        pooled: torch.Tensor | None,
+        layers: list[CrossAttentionLayer] | list[JointAttentionLayer],
+        fidelity: FidelityStream | None,
+        subject: Condition | None,
         host: Condition | None,
         fidelity_scale: float,
         host_scale: float,
@@ -68,15 +70,13 @@ class GuidedDenoiser:
         sliced: bool,
     ) -> None:
         self.pipe, self.denoise, self.layers = pipe, denoise, layers
-        self.pooled, self.host = pooled, host
+        self.fidelity, self.subject, self.host = fidelity, subject, host
         self.fidelity_scale, self.host_scale = fidelity_scale, host_scale
         self.masking, self.sliced = masking, sliced
-        captured = frozenset()
-        if masking is not None and masking.tcam is not None:
-            captured = frozenset(layer.name for layer in layers if layer.decoder and layer.level in masking.levels)
-        self.fidelity = FidelityStream(slice(0, 0), contexts, None, captured) if contexts is not None else None
         self.step = 0
         self.masks: torch.Tensor | None = None  # of the current step, (n, h, w)
+        self.guided: torch.Tensor | None = None  # the current step's mixture, and what the prompt's stream predicted
+        self.prompted: torch.Tensor | None = None
         self.last_masks: torch.Tensor | None = None  # of the last step that had some
 
     @contextlib.contextmanager
@@ -96,15 +96,28 @@ class GuidedDenoiser:
                 if own is not None:
                     denoiser.forward = own
 
-    def __call__(self, sample: torch.Tensor, timestep, encoder_hidden_states: torch.Tensor, *, return_dict: bool = True, **kwargs):
+    def __call__(self, *args, **kwargs):
+        """Called as pipelines call their denoisers: a U-Net with (sample, timestep, encoder_hidden_states, ...), a transformer with
+        everything by name and `hidden_states` for `sample`."""
+        names = ("hidden_states" if "hidden_states" in kwargs else "sample", "timestep", "encoder_hidden_states")
+        given = dict(zip(names, args)) | kwargs
+        if given.pop("return_dict", True):
+            raise ValueError("During a DeGu call the denoiser is evaluated with `return_dict=False`, as diffusers' pipelines do.")
+        sample = given.pop(names[0])
+        if given.get("skip_layers") is not None:
+            return (self._without_layers(sample, **given),)
+        guided = self._guided(sample, **given)
+        return (torch.cat([guided, guided]),)
+
+    def _guided(self, sample: torch.Tensor, timestep, encoder_hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         step, self.step = self.step, self.step + 1
         n = len(sample) // 2
         if len(encoder_hidden_states) == n:
             # A callback has switched classifier-free guidance off (as `SDCFGCutoffCallback` does): plain prediction.
-            kwargs = map_batched(kwargs, 2 * n, lambda x: x[n:])
+            given = map_batched({"timestep": timestep, **kwargs}, 2 * n, lambda x: x[n:])
             self.masks = None
-            predicted = self.denoise(sample[:n], timestep, encoder_hidden_states, return_dict=False, **kwargs)[0]
-            return _in_both_halves(predicted, return_dict)
+            self.guided = self.prompted = self.denoise(sample[:n], encoder_hidden_states=encoder_hidden_states, return_dict=False, **given)[0]
+            return self.guided
 
         scales = {"editability": self.pipe.guidance_scale}
         if self.fidelity is not None:
@@ -117,9 +130,9 @@ class GuidedDenoiser:
             masking = None
         maps = None
         if masking is not None and masking.tcam is not None:
-            maps = AttentionMaps(masking.tcam.token_positions(self.pipe.active_cae.num_tokens))
+            maps = AttentionMaps(masking.positions)
 
-        predictions = self._evaluate(streams, n, maps, sample, timestep, encoder_hidden_states, kwargs)
+        predictions = self._evaluate(streams, n, maps, sample, encoder_hidden_states, {"timestep": timestep, **kwargs})
         editability_region = fidelity_region = self.masks = None
         if masking is not None:
             self.masks, found = self._masks(masking, maps, sample)
@@ -134,13 +147,22 @@ class GuidedDenoiser:
             editability_region=editability_region,
             fidelity_region=fidelity_region,
         )
-        if self.pipe.guidance_rescale > 0 and len(streams) > 1:
+        rescale = getattr(self.pipe, "guidance_rescale", 0.0)  # SD 3 has none
+        if rescale > 0 and len(streams) > 1:
             # Here, because stock's own line would compare the mixture with itself. Its reference is the prompt's stream.
             text = next(predictions[name] for name in ("editability", "host", "fidelity") if name in predictions)
-            guided = rescale_noise_cfg(guided, text, guidance_rescale=self.pipe.guidance_rescale)
-        return _in_both_halves(guided, return_dict)
+            guided = rescale_noise_cfg(guided, text, guidance_rescale=rescale)
+        self.guided, self.prompted = guided, predictions.get("editability")
+        return guided
 
-    def _evaluate(self, streams, n, maps, sample, timestep, encoder_hidden_states, kwargs) -> dict[str, torch.Tensor]:
+    def _without_layers(self, sample: torch.Tensor, **kwargs) -> torch.Tensor:
+        """SD 3's skip-layer guidance evaluates the prompt once more with layers left out and adds `scale * (text - this)`. The
+        pipeline's `text` is the mixture here, so it gets what makes the difference the prompt's stream's own."""
+        if self.prompted is None:  # w_e is 0: the prompt does not guide
+            return self.guided
+        return self.guided - (self.prompted - self.denoise(sample, return_dict=False, **kwargs)[0])
+
+    def _evaluate(self, streams, n, maps, sample, encoder_hidden_states, kwargs) -> dict[str, torch.Tensor]:
         """Each stream's prediction, (n, channels, h, w): in one batch, or one after another where sliced."""
         negative, positive = slice(0, n), slice(n, 2 * n)
         # The prompt's image prompts belong to the host where there is one, else to the editability stream.
@@ -152,12 +174,18 @@ class GuidedDenoiser:
             texts = {
                 "null": encoder_hidden_states[negative],
                 "editability": encoder_hidden_states[positive],
-                "fidelity": encoder_hidden_states[negative],  # replaced layer by layer
+                "fidelity": encoder_hidden_states[negative],  # in U-Nets replaced layer by layer
                 "host": self.host and self.host.embeds,
             }
+            if self.subject is not None and self.subject.embeds is not None:
+                texts["fidelity"] = self.subject.embeds.expand(n, -1, -1)
             gathered = map_batched(kwargs, 2 * n, lambda x: torch.cat([x[half] for half in halves]))
             if "text_embeds" in (kwargs.get("added_cond_kwargs") or ()):
-                gathered["added_cond_kwargs"].update(self._pooled_and_sizes(names, n, **kwargs["added_cond_kwargs"]))
+                added = kwargs["added_cond_kwargs"]
+                gathered["added_cond_kwargs"]["text_embeds"] = self._pooled(names, n, added["text_embeds"])
+                gathered["added_cond_kwargs"]["time_ids"] = _sizes(names, n, added["time_ids"])
+            if "pooled_projections" in kwargs:
+                gathered["pooled_projections"] = self._pooled(names, n, kwargs["pooled_projections"])
             if gathered.get("timestep_cond") is not None and len(gathered["timestep_cond"]) == n:
                 gathered["timestep_cond"] = gathered["timestep_cond"].repeat(len(names), 1)
             with contextlib.ExitStack() as stack:
@@ -167,28 +195,22 @@ class GuidedDenoiser:
                     stack.enter_context(self.fidelity.attached(self.layers))
                 predicted = self.denoise(
                     torch.cat([sample[:n]] * len(names)),
-                    timestep,
-                    torch.cat([texts[name] for name in names]),
+                    encoder_hidden_states=torch.cat([texts[name] for name in names]),
                     return_dict=False,
                     **gathered,
                 )[0]
             predictions.update(zip(names, predicted.chunk(len(names))))
         return predictions
 
-    def _pooled_and_sizes(self, names, n, *, text_embeds: torch.Tensor, time_ids: torch.Tensor, **_) -> dict[str, torch.Tensor]:
-        """SDXL's other conditions for the streams `names`: each has its own pooled text, and all but the null the prompt's sizes."""
+    def _pooled(self, names: list[str], n: int, stock: torch.Tensor) -> torch.Tensor:
+        """Each stream's own pooled text, where `stock` (2n, dim) has the negative's and the prompt's."""
         pooled = {
-            "null": text_embeds[:n],
-            "editability": text_embeds[n:],
-            "fidelity": None if self.pooled is None else self.pooled.expand(n, -1),
+            "null": stock[:n],
+            "editability": stock[n:],
+            "fidelity": self.subject and self.subject.pooled.expand(n, -1),
             "host": self.host and self.host.pooled,
         }
-        # One size for all images of a call. Stock's rows are not [negative] * n + [positive] * n, but first and last are.
-        sizes = [time_ids[:1] if name == "null" else time_ids[-1:] for name in names]
-        return {
-            "text_embeds": torch.cat([pooled[name] for name in names]),
-            "time_ids": torch.cat([ids.expand(n, -1) for ids in sizes]),
-        }
+        return torch.cat([pooled[name] for name in names])
 
     def _masks(self, masking: Masking, maps: AttentionMaps | None, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         n, size = len(sample) // 2, tuple(sample.shape[-2:])
@@ -204,7 +226,9 @@ class GuidedDenoiser:
         )
 
 
-def _in_both_halves(guided: torch.Tensor, return_dict: bool):
-    if return_dict:
-        raise ValueError("During a DeGu call the denoiser is evaluated with `return_dict=False`, as diffusers' pipelines do.")
-    return (torch.cat([guided, guided]),)
+def _sizes(names: list[str], n: int, stock: torch.Tensor) -> torch.Tensor:
+    """SDXL's sizes: the null stream has the negative ones, all others the prompt's.
+
+    A call has one size for all its images. Stock's rows are not [negative] * n + [positive] * n, but first and last are.
+    """
+    return torch.cat([(stock[:1] if name == "null" else stock[-1:]).expand(n, -1) for name in names])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 
 
@@ -19,5 +20,12 @@ class StableDiffusionDeGuPipelineOutput(StableDiffusionPipelineOutput):
 @dataclass
 class StableDiffusionXLDeGuPipelineOutput(StableDiffusionXLPipelineOutput):
     """The same for SDXL."""
+
+    subject_masks: torch.Tensor | None = None
+
+
+@dataclass
+class StableDiffusion3DeGuPipelineOutput(StableDiffusion3PipelineOutput):
+    """The same for SD 3."""
 
     subject_masks: torch.Tensor | None = None

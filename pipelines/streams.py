@@ -10,9 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class Condition:
-    """What a denoiser is told: the text's `embeds` (n, tokens, dim) and, in families that have it, its `pooled` (n, dim)."""
+    """What a denoiser is told: the text's `embeds` (n, tokens, dim) and, in families that have it, its `pooled` (n, dim).
 
-    embeds: torch.Tensor
+    `embeds` is None where every layer is told something else.
+    """
+
+    embeds: torch.Tensor | None
     pooled: torch.Tensor | None = None
 
 

@@ -43,14 +43,6 @@ class TcamConfig:
                     raise ValueError(f"`{name}` is empty; pass None for the family's default.")
                 object.__setattr__(self, name, tuple(values))
 
-    def token_positions(self, num_tokens: int) -> slice:
-        """Where the token, or the `num_tokens` subject tokens, stand in `[SOT] V_1 ... V_N [EOT] [PAD] ...`."""
-        return {
-            "sot": slice(0, 1),
-            "subject": slice(1, num_tokens + 1),
-            "eot": slice(num_tokens + 1, num_tokens + 2),
-        }[self.token]
-
     @property
     def invert(self) -> bool:
         """The map of a non-subject token shows everything that is not the subject."""

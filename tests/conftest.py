@@ -9,8 +9,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach f
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from degu.attention_processors import cross_attention_layers
 from degu.pipelines import StableDiffusionDeGuPipeline
@@ -18,7 +27,7 @@ from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "examples" / "toyworld" / "models" / "sd"
-DIM, DIM_2, TOKENS = 32, 24, 3
+DIM, DIM_2, DIM_3, TOKENS = 32, 24, 64, 3
 
 
 def tiny_stock(seed: int = 0, **unet_options) -> StableDiffusionPipeline:
@@ -71,6 +80,33 @@ def tiny_stock_xl(seed: int = 0) -> StableDiffusionXLPipeline:
     return pipe
 
 
+def tiny_stock_3(seed: int = 0, t5: bool = True, version: str = "3.5") -> StableDiffusion3Pipeline:
+    """Two CLIPs and a T5, flow matching; in 3.5 normalised queries and keys, and a second attention in some blocks."""
+    torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED, subfolder="tokenizer")
+    words = "a dog cat mug fish red in the on at snow beach night".split()
+    tokenizer_3 = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -1.0) for w in words), ("▁", -2.0)], extra_ids=0, model_max_length=64)
+    clips = [CLIPTextModelWithProjection(text_config(tokenizer, dim)) for dim in (DIM, DIM_2)]
+    text_encoder_3 = T5EncoderModel(T5Config(vocab_size=len(tokenizer_3), d_model=DIM_3, d_kv=8, d_ff=32, num_layers=2, num_heads=4)).eval()
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=6, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=DIM_3,
+        caption_projection_dim=16, pooled_projection_dim=DIM + DIM_2, pos_embed_max_size=24, dual_attention_layers=(0, 1, 2) if version == "3.5" else (), qk_norm="rms_norm" if version == "3.5" else None,
+    )  # fmt: skip
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:  # as in `with_shapely_attention`; norms, where there are any, set the scale
+            (block.attn.norm_added_q or block.attn.add_q_proj).weight.mul_(4)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), norm_num_groups=4,
+        latent_channels=4, layers_per_block=1, sample_size=64, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    pipe = StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clips[0], tokenizer, clips[1], tokenizer,
+        text_encoder_3 if t5 else None, tokenizer_3 if t5 else None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def text_config(tokenizer, dim: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -100,11 +136,13 @@ def with_shapely_attention(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def random_cae(pipe, layerwise: bool = True, seed: int = 1) -> ContextAgnosticEmbeddings:
-    names = tuple(layer.name for layer in cross_attention_layers(pipe.unet))
+    layerwise = layerwise and hasattr(pipe, "unet")
+    names = tuple(layer.name for layer in cross_attention_layers(pipe.unet)) if layerwise else ()
     generator = torch.Generator().manual_seed(seed)
-    dims = {"text_encoder": DIM} | ({"text_encoder_2": DIM_2} if hasattr(pipe, "text_encoder_2") else {})
+    dims = {"text_encoder": DIM, "text_encoder_2": DIM_2, "text_encoder_3": DIM_3}
+    dims = {name: dim for name, dim in dims.items() if getattr(pipe, name, None) is not None}
     rows = {name: torch.randn(len(names) if layerwise else 1, TOKENS, dim, generator=generator) for name, dim in dims.items()}
-    return ContextAgnosticEmbeddings(rows, names if layerwise else (), {"base_model": "tiny", "class_noun": "dog"})
+    return ContextAgnosticEmbeddings(rows, names, {"base_model": "tiny", "class_noun": "dog"})
 
 
 def as_dict(cae: ContextAgnosticEmbeddings) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import scipy.stats
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 
 class RecordingAttention:
@@ -137,5 +137,91 @@ def reference_latents(
         if guidance_rescale:
             matched = guided * e_prompt.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
             guided = guidance_rescale * matched + (1 - guidance_rescale) * guided
+        latents = scheduler.step(guided, t, latents).prev_sample
+    return latents, masks
+
+
+class RecordingJointAttention:
+    """Textbook joint attention of picture and text; keeps what the text at `columns` attends to in the picture, averaged over heads."""
+
+    def __init__(self, columns: list[int]) -> None:
+        self.columns, self.row = columns, None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        n, patches, _ = hidden_states.shape
+
+        def heads(x, norm):
+            return norm(x.reshape(n, x.shape[1], attn.heads, -1).permute(0, 2, 1, 3))
+
+        def same(x):
+            return x
+
+        q = torch.cat([heads(attn.to_q(hidden_states), attn.norm_q), heads(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q)], 2)
+        k = torch.cat([heads(attn.to_k(hidden_states), attn.norm_k), heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)], 2)
+        v = torch.cat([heads(attn.to_v(hidden_states), same), heads(attn.add_v_proj(encoder_hidden_states), same)], 2)
+        weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), dim=3)
+        self.row = weights[:, :, [patches + c for c in self.columns], :patches].mean((1, 2))
+        out = (weights @ v).permute(0, 2, 1, 3).reshape(n, -1, attn.heads * v.shape[-1])
+        text = out[:, patches:]
+        return attn.to_out[0](out[:, :patches]), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def sd3_conditions(pipe, prompts, host_prompt, cae, t5_length):
+    """Null, prompt, fidelity and host, as the transformer's keyword arguments."""
+    n, clips = len(prompts), ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2))
+    dim = pipe.transformer.config.joint_attention_dim
+
+    def told(outputs, last):
+        clip = torch.cat([o.hidden_states[-2] for o in outputs], 2)
+        clip = torch.cat([clip, torch.zeros(*clip.shape[:2], dim - clip.shape[2])], 2)
+        last = torch.zeros(len(clip), t5_length, dim) if last is None else last
+        pooled = torch.cat([o.text_embeds for o in outputs], 1).expand(n, -1)
+        return {"encoder_hidden_states": torch.cat([clip, last], 1).expand(n, -1, -1), "pooled_projections": pooled}
+
+    def text(texts):
+        last = None
+        if pipe.text_encoder_3 is not None:
+            last = pipe.text_encoder_3(pipe.tokenizer_3(texts, padding="max_length", max_length=t5_length, return_tensors="pt").input_ids)[0]
+        return told([text_output(*clip, texts) for clip in clips], last)
+
+    last, rows = None, cae.embeddings
+    if pipe.text_encoder_3 is not None:
+        end, pad = pipe.tokenizer_3.eos_token_id, pipe.tokenizer_3.pad_token_id
+        table = pipe.text_encoder_3.get_input_embeddings().weight
+        own = rows["text_encoder_3"][0]
+        padding = table[[end] + [pad] * (t5_length - len(own) - 1)]
+        last = pipe.text_encoder_3(inputs_embeds=torch.cat([own, padding])[None])[0]
+    fidelity = told([cae_output(*clip, rows[name][0]) for clip, name in zip(clips, ("text_encoder", "text_encoder_2"))], last)
+    return text([""] * n), text(prompts), fidelity, host_prompt and text([host_prompt] * n)
+
+
+@torch.no_grad()
+def reference_latents_3(pipe, prompts, host_prompt, cae, latents, *, steps, w_e, w_f, w_h, start, columns, blocks, invert, kernel_size, sigma, t5_length=16):
+    """Latents after `steps` flow-matching Euler steps and the last step's masks; `start` None: no masking."""
+    n, size = len(prompts), latents.shape[-2:]
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    null, prompt, fidelity, host = sd3_conditions(pipe, prompts, host_prompt, cae, t5_length)
+    attentions = [pipe.transformer.transformer_blocks[i].attn for i in blocks]
+    recorders, own, masks = [RecordingJointAttention(columns) for _ in blocks], [attn.processor for attn in attentions], None
+    for i, t in enumerate(scheduler.timesteps):
+
+        def predicted(told):
+            return pipe.transformer(latents, timestep=t.expand(n), **told).sample
+
+        e_null, e_prompt = predicted(null), predicted(prompt)
+        for attn, recorder in zip(attentions, recorders):
+            attn.processor = recorder
+        e_cae = predicted(fidelity)
+        for attn, processor in zip(attentions, own):
+            attn.processor = processor
+        m = None
+        if start is not None and i >= start * steps:
+            maps = torch.stack([r.row for r in recorders]).mean(0).reshape(n, size[0] // 2, size[1] // 2).numpy()
+            masks = np.stack([mask_of([a], tuple(size), invert, kernel_size, sigma) for a in maps])
+            m = torch.from_numpy(masks).float()[:, None]
+        guided = e_null + w_e * (1 if m is None else 1 - m) * (e_prompt - e_null) + w_f * (1 if m is None else m) * (e_cae - e_null)
+        if host is not None:
+            guided = guided + w_h * (predicted(host) - e_null)
         latents = scheduler.step(guided, t, latents).prev_sample
     return latents, masks

@@ -16,7 +16,7 @@ from conftest import DIM, DIM_2, ROOT, TOKENS, as_dict, noise, random_cae, tiny_
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from reference import reference_latents, sdxl_conditions
 
-from degu.attention_processors import cross_attention_layers
+from degu.attention_processors import FidelityStream, cross_attention_layers
 from degu.pipelines import StableDiffusionXLDeGuPipeline
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings, save_cae
 from degu.pipelines.families import SDXL
@@ -101,7 +101,7 @@ def test_one_set_for_several_layers(loaded):
         ContextAgnosticEmbeddings({name: rows[of_layer] for name, rows in sets.items()}, tuple(names)),
     ):
         loaded._cae_adapters["default_0"] = cae
-        contexts.append(loaded._encode_active_cae()[0])
+        contexts.append(loaded._fidelity(None, {})[0].contexts)
     assert list(contexts[0]) == list(contexts[1]) == names
     for name in names:
         torch.testing.assert_close(contexts[0][name], contexts[1][name])
@@ -245,11 +245,12 @@ def test_a_full_size_step():
         layers = cross_attention_layers(unet)
         assert len(layers) == 70
         contexts = {layer.name: torch.empty(1, 77, 2048) for layer in layers}
+        captured = frozenset(layer.name for layer in layers if layer.decoder and layer.map_size((128, 128)) == (32, 32))
+        fidelity, subject = FidelityStream(slice(0), contexts, None, captured), Condition(None, torch.empty(1, 1280))
         host = Condition(torch.empty(2, 77, 2048), torch.empty(2, 1280))
-        pipe = SimpleNamespace(guidance_scale=5.0, guidance_rescale=0.0, num_timesteps=1, active_cae=SimpleNamespace(num_tokens=5))
-        (level,) = {layer.level for layer in layers if layer.decoder and layer.map_size((128, 128)) == (32, 32)}
-        masking = Masking(0.0, SDXL.tcam, (level,))
-        guided = GuidedDenoiser(pipe, unet.forward, layers, contexts, torch.empty(1, 1280), host, 4.0, 3.0, masking, sliced=False)
+        pipe = SimpleNamespace(guidance_scale=5.0, guidance_rescale=0.0, num_timesteps=1)
+        masking = Masking(0.0, SDXL.tcam, slice(6, 7), (2,))
+        guided = GuidedDenoiser(pipe, unet.forward, layers, fidelity, subject, host, 4.0, 3.0, masking, sliced=False)
         added = {"text_embeds": torch.empty(4, 1280), "time_ids": torch.empty(4, 6)}
         with torch.no_grad():
             predicted = guided(torch.empty(4, 4, 128, 128), torch.tensor(500), torch.empty(4, 77, 2048), return_dict=False, added_cond_kwargs=added)[0]

@@ -1,0 +1,152 @@
+"""Decoupled Guidance for Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from degu.attention_processors import JointAttentionLayer, JointFidelityStream, joint_attention_layers
+from degu.pipelines.cae_encoding import encode_cae_3
+from degu.pipelines.cae_file import ContextAgnosticEmbeddings
+from degu.pipelines.degu_mixin import DeGuMixin, extends
+from degu.pipelines.families import SD3
+from degu.pipelines.guided_denoiser import Masking
+from degu.pipelines.output import StableDiffusion3DeGuPipelineOutput
+from degu.pipelines.streams import Condition
+from degu.pipelines.tcam import TcamConfig
+
+
+class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline` with a stream of its own for a subject learned as context-agnostic embeddings (CAE).
+
+    Text flows through all blocks of the transformer, so a CAE has one set of embeddings per text encoder, without layers.
+
+    Example:
+
+        >>> pipe = StableDiffusion3DeGuPipeline.from_pretrained(base)
+        >>> pipe.load_cae_embeddings("dog.safetensors")
+        >>> image = pipe("a dog in the snow").images[0]
+    """
+
+    _degu_family = SD3
+    _output_class = StableDiffusion3DeGuPipelineOutput
+
+    @property
+    def _denoiser(self) -> torch.nn.Module:
+        return self.transformer
+
+    def _text_encoders(self) -> dict[str, tuple]:
+        encoders = {"text_encoder": (self.text_encoder, self.tokenizer), "text_encoder_2": (self.text_encoder_2, self.tokenizer_2)}
+        missing = [name for name, (encoder, _) in encoders.items() if encoder is None]
+        if missing:
+            raise ValueError(f"A CAE is encoded by the text encoders of SD 3, but this pipeline was loaded without {missing}.")
+        return encoders if self.text_encoder_3 is None else encoders | {"text_encoder_3": (self.text_encoder_3, self.tokenizer_3)}
+
+    def _unused_text_encoders(self) -> tuple[str, ...]:
+        return ("text_encoder_3",) if self.text_encoder_3 is None else ()
+
+    def _layers(self) -> list[JointAttentionLayer]:
+        return joint_attention_layers(self.transformer)
+
+    def _check_cae(self, cae: ContextAgnosticEmbeddings, source: str) -> None:
+        sets = next(iter(cae.embeddings.values())).shape[0]
+        if sets != 1:
+            raise ValueError(f"{source} has embeddings for {sets} layers; SD 3 has one set for the whole transformer.")
+        for _, tokenizer in self._text_encoders().values():
+            if cae.num_tokens + 2 > tokenizer.model_max_length:
+                raise ValueError(f"{source} has {cae.num_tokens} tokens; the tokenizer's {tokenizer.model_max_length} include start and end.")
+
+    def _blocks(self, config: TcamConfig) -> tuple[int, ...]:
+        """The blocks whose attention is averaged; by default the middle third."""
+        depth = len(self.transformer.transformer_blocks)
+        if config.layers is None:
+            return tuple(range(depth // 3, depth - depth // 3))
+        unknown = [index for index in config.layers if index not in range(depth)]
+        if unknown:
+            raise ValueError(f"`layers` {unknown} are no blocks of this transformer; it has 0 to {depth - 1}.")
+        return config.layers
+
+    def _levels(self, config: TcamConfig) -> tuple[int, ...]:
+        if config.resolutions is not None:
+            raise ValueError("`resolutions` chooses maps of a U-Net; this denoiser is an MMDiT, whose blocks `layers` chooses.")
+        self._blocks(config)
+        return (self._layers()[0].level,)
+
+    def _token_positions(self, config: TcamConfig) -> slice:
+        """In `[SOT] V_1 ... V_N [EOT] ...` of the CLIPs followed by `V_1 ... V_N </s> ...` of T5: the terminal token is T5's."""
+        if self.text_encoder_3 is None or config.token == "sot":
+            return super()._token_positions(config)
+        start, tokens = self.tokenizer_max_length, self.active_cae.num_tokens
+        return slice(start, start + tokens) if config.token == "subject" else slice(start + tokens, start + tokens + 1)
+
+    def _encode_options(self, stock: dict[str, Any]) -> dict[str, Any]:
+        return {"lora_scale": (stock["joint_attention_kwargs"] or {}).get("scale"), "max_sequence_length": stock["max_sequence_length"]}
+
+    def _fidelity(self, masking: Masking | None, stock: dict[str, Any]) -> tuple[JointFidelityStream, Condition]:
+        given = stock["prompt_embeds"]
+        length = stock["max_sequence_length"] if given is None else given.shape[1] - self.tokenizer_max_length
+        device, dtype = self._execution_device, self.transformer.dtype
+        embeds, pooled = self._encode_cae({name: rows.to(device) for name, rows in self.active_cae.embeddings.items()}, length)
+        captured: frozenset[str] = frozenset()
+        if masking is not None and masking.tcam is not None:
+            blocks = self._blocks(masking.tcam)
+            captured = frozenset(layer.name for layer in self._layers() if layer.index in blocks)
+        return JointFidelityStream(slice(0), {}, None, captured), Condition(embeds.to(device, dtype), pooled.to(device, dtype))
+
+    def _encode_cae(self, embeddings, t5_length: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+        *clips, t5 = (*self._text_encoders().values(), None)[:3]
+        return encode_cae_3(clips, t5, list(embeddings.values()), t5_length, self.transformer.config.joint_attention_dim)
+
+    @extends(StableDiffusion3Pipeline.__call__)
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args,
+        fidelity_guidance_scale: float | None = None,
+        host_prompt: str | list[str] | None = None,
+        host_prompt_2: str | list[str] | None = None,
+        host_prompt_3: str | list[str] | None = None,
+        host_prompt_embeds: torch.Tensor | None = None,
+        host_pooled_prompt_embeds: torch.Tensor | None = None,
+        host_guidance_scale: float | None = None,
+        subject_mask: Any = None,
+        **kwargs,
+    ):
+        """Takes all that `StableDiffusion3Pipeline` takes, with the same meaning, and in addition:
+
+        Args:
+            guidance_scale: w_e, how strongly the plain prompt guides.
+            fidelity_guidance_scale: w_f, how strongly the loaded subject guides; by default the family's
+                (`degu.pipelines.families.SD3`). 0 turns the fidelity stream off.
+            host_prompt, host_prompt_2, host_prompt_3: prompt of a host method that the pipeline has loaded, for the first and
+                (by default the same) the other text encoders; one, or one per prompt. Turns the host stream on; image
+                prompts (IP-Adapter) then go to it alone.
+            host_prompt_embeds, host_pooled_prompt_embeds: instead, (prompts or 1, tokens, dim) and (prompts or 1, dim).
+            host_guidance_scale: w_h; by default the family's.
+            subject_mask: the user's own mask instead of the one read from attention: PIL, array or tensor, (h, w) or
+                (images, h, w), 1 or white on the subject.
+
+        Returns:
+            `StableDiffusion3DeGuPipelineOutput`, or stock's tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: a scale without the CAE or host prompt it belongs to; a mask or host prompts of the wrong shape.
+        """
+        host = {
+            "prompt": host_prompt,
+            "prompt_2": host_prompt_2,
+            "prompt_3": host_prompt_3,
+            "prompt_embeds": host_prompt_embeds,
+            "pooled_prompt_embeds": host_pooled_prompt_embeds,
+        }
+        return self._decoupled_call(
+            super().__call__,
+            args,
+            kwargs,
+            fidelity_guidance_scale=fidelity_guidance_scale,
+            host=host,
+            host_guidance_scale=host_guidance_scale,
+            subject_mask=subject_mask,
+        )
