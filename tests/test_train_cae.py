@@ -15,13 +15,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import DIM, DIM_2, ROOT, noise, tiny_stock, tiny_stock_xl
+from conftest import DIM, DIM_2, DIM_3, ROOT, noise, tiny_stock, tiny_stock_3, tiny_stock_xl
 from diffusers import DDIMScheduler
-from reference import RecordingAttention, cae_output
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from reference import RecordingAttention, cae_output, sd3_conditions
 from safetensors import safe_open
 
 from degu.attention_processors import cross_attention_layers
-from degu.pipelines import StableDiffusionDeGuPipeline, StableDiffusionXLDeGuPipeline
+from degu.pipelines import StableDiffusion3DeGuPipeline, StableDiffusionDeGuPipeline, StableDiffusionXLDeGuPipeline
+from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.training.backbones import load_backbone
 from degu.training.embeddings import LearnedEmbeddings
 from degu.training.instance_images import InstanceImage, load_instance_images, training_view
@@ -250,7 +252,7 @@ def test_loss_is_the_references(kind, layerwise, masked, tmp_path):
     expected = error[mask.expand_as(error) == 1].mean() if masked else error.mean()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
     assert learned.grad.abs().amax((1, 2)).min() > 0, "every layer's rows are learned"
-    for module in (backbone.unet, backbone.vae, backbone.text_encoders["text_encoder"][0]):
+    for module in (backbone.denoiser, backbone.vae, backbone.text_encoders["text_encoder"][0]):
         assert all(not p.requires_grad and p.grad is None for p in module.parameters())
 
 
@@ -261,7 +263,7 @@ def test_rows_are_float32_in_a_half_precision_model(base):
     with backbone.conditioned_on(learned(), 1) as condition:
         backbone.loss(condition, batch).backward()
     parameter = learned.rows["text_encoder"]
-    assert backbone.unet.dtype == torch.bfloat16 and parameter.dtype == parameter.grad.dtype == torch.float32
+    assert backbone.denoiser.dtype == torch.bfloat16 and parameter.dtype == parameter.grad.dtype == torch.float32
     encoder, tokenizer = backbone.text_encoders["text_encoder"]
     expected = encoder.get_input_embeddings().weight[tokenizer("dog").input_ids[1]].float()
     assert torch.equal(parameter, expected.expand(16, 3, -1))
@@ -318,6 +320,70 @@ def test_script_on_sdxl(base_xl, photos, tmp_path):
     assert pipe.get_list_cae_adapters() == ["default_0"]
 
 
+# --- Stable Diffusion 3 ---
+
+
+@pytest.fixture(scope="module")
+def base_3(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base_3")
+    tiny_stock_3().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
+def test_loss_is_the_references_on_sd3(base_3, scheme):
+    """Flow matching: the velocity from latents to noise, weighted as in diffusers' scripts."""
+    backbone, stock, generator = load_backbone(str(base_3), None, None, torch.float32, "cpu"), tiny_stock_3(), torch.Generator().manual_seed(5)
+    backbone.use_weighting_scheme(scheme)
+    dims = {"text_encoder": DIM, "text_encoder_2": DIM_2, "text_encoder_3": DIM_3}
+    learned = {name: torch.randn(1, 3, dim, generator=generator).requires_grad_() for name, dim in dims.items()}
+    batch = Batch(latents=noise(2), noise=noise(2, seed=9), timesteps=torch.tensor([100, 700]), masks=None, sizes=torch.zeros(2, 6))
+    with backbone.conditioned_on(learned, 2) as condition:
+        loss = backbone.loss(condition, batch)
+        loss.backward()
+    t = torch.linspace(1000, 1, 1000)[batch.timesteps] / 1000
+    sigma = (3 * t / (1 + 2 * t)).view(-1, 1, 1, 1)  # the scheduler's shift is 3
+    clean = (batch.latents - 0.06) * 1.5
+    with torch.no_grad():
+        _, _, fidelity, _ = sd3_conditions(stock, ["", ""], None, ContextAgnosticEmbeddings(learned), 256)
+        predicted = stock.transformer((1 - sigma) * clean + sigma * batch.noise, timestep=1000 * sigma.flatten(), **fidelity).sample
+    weight = {"none": 1, "sigma_sqrt": sigma**-2, "cosmap": 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))}[scheme]
+    torch.testing.assert_close(loss.detach(), (weight * (predicted - batch.noise + clean) ** 2).mean(), rtol=1e-4, atol=1e-5)
+    assert all(rows.grad.abs().amax() > 0 for rows in learned.values())
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
+def test_timesteps_have_the_scripts_density(base_3, scheme):
+    backbone = load_backbone(str(base_3), None, None, torch.float32, "cpu")
+    backbone.use_weighting_scheme(scheme, logit_mean=0.3, logit_std=0.7, mode_scale=1.29)
+    generator = torch.Generator().manual_seed(0)
+    drawn = backbone._drawn(torch.arange(1000).repeat(20)).sort().values.double() / 1000
+    expected = compute_density_for_timestep_sampling(scheme, 20000, 0.3, 0.7, 1.29, generator=generator).sort().values
+    assert (drawn - expected)[200:-200].abs().max() < 0.03, "all but the outermost hundredths"
+
+
+def test_script_on_sd3(base_3, photos, tmp_path):
+    run = start(*flags(base_3, photos, tmp_path, steps=2, learning_rate=1.0, weighting_scheme="logit_normal", validation_prompt="a dog", num_validation_images=1, gradient_checkpointing=True))
+    printed, _ = run.communicate()
+    assert run.returncode == 0, printed
+    assert (tmp_path / "validation" / "step-000002-0.png").is_file()
+    with safe_open(tmp_path / "cae_embeddings.safetensors", "pt") as file:
+        assert file.metadata()["family"] == "sd3" and file.metadata()["optimizer"] == "prodigy" and json.loads(file.metadata()["layer_names"]) == []
+        assert {name: file.get_tensor(name).shape for name in file.keys()} == {
+            "cae.text_encoder": (1, 2, DIM), "cae.text_encoder_2": (1, 2, DIM_2), "cae.text_encoder_3": (1, 2, DIM_3)
+        }  # fmt: skip
+    pipe = StableDiffusion3DeGuPipeline.from_pretrained(base_3)
+    pipe.load_cae_embeddings(tmp_path)
+
+
+def test_weighting_is_for_flow_matching(base, photos, tmp_path):
+    with pytest.raises(ValueError, match="flow matching"):
+        main(flags(base, photos, tmp_path, weighting_scheme="mode"))
+
+
+# --- pictures and latents ---
+
+
 def test_views_know_their_sizes(tmp_path):
     """As SDXL's own training told it: the original's size, where the crop lies, the view's size; mirrored crops count from the other side."""
     picture = np.zeros((40, 100, 3), np.uint8)
@@ -329,9 +395,6 @@ def test_views_know_their_sizes(tmp_path):
         assert (height, width, top, *side) == (40, 100, 0, 40, 40) and 0 <= left <= 60
         white = (view.pixels[0, 20] > 0).nonzero().flatten().tolist()
         assert white in ([c for c in range(40) if left + c < 20], [c for c in range(40) if left + c >= 80])
-
-
-# --- pictures and latents ---
 
 
 def test_folders_as_people_have_them(tmp_path, caplog):

@@ -53,11 +53,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     train.add_argument("--no_scale_lr", dest="scale_lr", action="store_false", help="take the learning rate as it is")
     train.add_argument("--lr_scheduler", default="constant", help="any of diffusers' schedules")
     train.add_argument("--lr_warmup_steps", type=int, default=0)
-    train.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw8bit", "prodigy"))
+    train.add_argument("--optimizer", default=None, choices=("adamw", "adamw8bit", "prodigy"), help="by default adamw, on SD 3 prodigy")
     train.add_argument("--adam_beta1", type=float, default=0.9)
     train.add_argument("--adam_beta2", type=float, default=0.999)
     train.add_argument("--adam_weight_decay", type=float, default=1e-2)
     train.add_argument("--adam_epsilon", type=float, default=1e-8)
+    train.add_argument("--weighting_scheme", default="none", choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"), help="flow matching: timesteps that are drawn more often or count more, as in diffusers' SD 3 scripts")
+    train.add_argument("--logit_mean", type=float, default=0.0, help="of logit_normal")
+    train.add_argument("--logit_std", type=float, default=1.0, help="of logit_normal")
+    train.add_argument("--mode_scale", type=float, default=1.29, help="of mode")
     train.add_argument("--mixed_precision", default=None, choices=("no", "fp16", "bf16"), help="by default accelerate's configuration")
 
     validation = parser.add_argument_group("validation")
@@ -72,7 +76,5 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         parser.error(f"--checkpoints_total_limit has to be at least 1, but is {args.checkpoints_total_limit}")
-    if args.learning_rate is None:
-        args.learning_rate = PRODIGY_LEARNING_RATE if args.optimizer == "prodigy" else ADAMW_LEARNING_RATE
     args.output_dir = Path(args.output_dir)
     return args

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import DiffusionPipeline
 
+from degu.training.sd_3_backbone import StableDiffusion3Backbone
 from degu.training.sd_backbone import StableDiffusionBackbone
 from degu.training.sd_xl_backbone import StableDiffusionXLBackbone
 
@@ -13,6 +14,8 @@ _BACKBONES = {
     "StableDiffusionDeGuPipeline": StableDiffusionBackbone,
     "StableDiffusionXLPipeline": StableDiffusionXLBackbone,
     "StableDiffusionXLDeGuPipeline": StableDiffusionXLBackbone,
+    "StableDiffusion3Pipeline": StableDiffusion3Backbone,
+    "StableDiffusion3DeGuPipeline": StableDiffusion3Backbone,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Iterator
 import torch
 from diffusers import DDPMScheduler
 
-from degu.attention_processors import FidelityStream, cross_attention_layers
+from degu.attention_processors import FidelityStream
 from degu.pipelines import StableDiffusionDeGuPipeline
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings, rows_by_layer
 from degu.pipelines.streams import Condition
@@ -24,6 +24,8 @@ class StableDiffusionBackbone:
 
     pipeline_class: type = StableDiffusionDeGuPipeline
     pipeline_options: dict = {"safety_checker": None, "requires_safety_checker": False}
+    scheduler_class: type = DDPMScheduler
+    default_optimizer = "adamw"
 
     def __init__(self, pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device) -> None:
         # The pipeline's modules also make the validation pictures.
@@ -32,29 +34,36 @@ class StableDiffusionBackbone:
         )
         self.pipeline.set_progress_bar_config(disable=True)
         self.family = self.pipeline._degu_family.name
-        self.vae, self.unet = self.pipeline.vae, self.pipeline.unet
-        self.text_encoders = self.pipeline._text_encoders()
-        self.noise_scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        for module in (self.unet, *(encoder for encoder, _ in self.text_encoders.values())):
+        self.vae, self.denoiser, self.text_encoders = self.pipeline.vae, self.pipeline._denoiser, self.pipeline._text_encoders()
+        self.noise_scheduler = self.scheduler_class.from_config(self.pipeline.scheduler.config)
+        for module in (self.denoiser, *(encoder for encoder, _ in self.text_encoders.values())):
             module.requires_grad_(False).eval().to(device, dtype)
         self.vae.requires_grad_(False).eval().to(device, torch.float32)
-        self.layers = cross_attention_layers(self.unet)
+        self.layers = self.pipeline._layers()
         self.layer_names = [layer.name for layer in self.layers]
         self.num_train_timesteps = self.noise_scheduler.config.num_train_timesteps
-        self.default_resolution = self.unet.config.sample_size * self.pipeline.vae_scale_factor
-        self.resolution_multiple = self.pipeline.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        self.default_resolution = self.denoiser.config.sample_size * self.pipeline.vae_scale_factor
+
+    @property
+    def resolution_multiple(self) -> int:
+        return self.pipeline.vae_scale_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
 
     @property
     def set_names(self) -> list[str]:
         """The modules that have a set of embeddings of their own: every cross-attention layer."""
         return self.layer_names
 
+    def use_weighting_scheme(self, scheme: str, **options: float) -> None:
+        """Which timesteps count how much; for flow matching."""
+        if scheme != "none":
+            raise ValueError(f"`--weighting_scheme` {scheme} is for models trained with flow matching; this is {self.family!r}.")
+
     def initial_embeddings(self, noun: str) -> dict[str, torch.Tensor]:
         return {name: noun_embedding(*encoder, noun) for name, encoder in self.text_encoders.items()}
 
     def enable_gradient_checkpointing(self) -> None:
-        self.unet.enable_gradient_checkpointing()
-        self.unet.train()  # it checkpoints only in training mode; there is no dropout in it
+        self.denoiser.enable_gradient_checkpointing()
+        self.denoiser.train()  # U-Nets checkpoint only in training mode; there is no dropout in them
 
     @contextlib.contextmanager
     def conditioned_on(self, embeddings: dict[str, torch.Tensor], examples: int) -> Iterator[Condition]:
@@ -73,17 +82,14 @@ class StableDiffusionBackbone:
 
     def predict(self, noisy: torch.Tensor, condition: Condition, batch: Batch) -> torch.Tensor:
         """The denoiser's prediction for noisy latents, of their shape."""
-        return self.unet(noisy, batch.timesteps, condition.embeds).sample
+        return self.denoiser(noisy, batch.timesteps, condition.embeds).sample
 
     def loss(self, condition: Condition, batch: Batch) -> torch.Tensor:
-        """Mean squared error of the prediction (Eq. 4), noise or velocity as the model was trained; scalar.
-
-        With masks, only what is the subject counts.
-        """
+        """Mean squared error of the prediction (Eq. 4), noise or velocity as the model was trained; scalar."""
         scheduler = self.noise_scheduler
         latents = batch.latents * self.vae.config.scaling_factor
         noisy = scheduler.add_noise(latents, batch.noise, batch.timesteps)
-        predicted = self.predict(noisy.to(self.unet.dtype), condition, batch).float()
+        predicted = self.predict(noisy.to(self.denoiser.dtype), condition, batch).float()
         kind = scheduler.config.prediction_type
         if kind == "epsilon":
             target = batch.noise
@@ -91,7 +97,11 @@ class StableDiffusionBackbone:
             target = scheduler.get_velocity(latents, batch.noise, batch.timesteps)
         else:
             raise ValueError(f"The model's scheduler predicts {kind!r}; training knows `epsilon` and `v_prediction`.")
-        error = (predicted - target).square()
-        if batch.masks is None:
-            return error.mean()
-        return (error * batch.masks).sum() / (batch.masks.sum() * error.shape[1]).clamp_min(1e-6)
+        return masked_mean((predicted - target).square(), batch.masks)
+
+
+def masked_mean(error: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
+    """The mean of `error` (n, channels, h, w); with masks (n, 1, h, w) only of what is the subject."""
+    if masks is None:
+        return error.mean()
+    return (error * masks).sum() / (masks.sum() * error.shape[1]).clamp_min(1e-6)

@@ -24,4 +24,4 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
 
     def predict(self, noisy: torch.Tensor, condition: Condition, batch: Batch) -> torch.Tensor:
         added = {"text_embeds": condition.pooled, "time_ids": batch.sizes}
-        return self.unet(noisy, batch.timesteps, condition.embeds, added_cond_kwargs=added).sample
+        return self.denoiser(noisy, batch.timesteps, condition.embeds, added_cond_kwargs=added).sample

@@ -22,7 +22,7 @@ from huggingface_hub import create_repo, upload_folder
 from tqdm.auto import tqdm
 
 from degu.pipelines.cae_file import DEFAULT_NAME, save_cae
-from degu.training.arguments import parse_args
+from degu.training.arguments import ADAMW_LEARNING_RATE, PRODIGY_LEARNING_RATE, parse_args
 from degu.training.backbones import load_backbone
 from degu.training.checkpoint import find_checkpoint, load_state, save_checkpoint
 from degu.training.embeddings import LearnedEmbeddings
@@ -32,7 +32,7 @@ from degu.training.log import logger
 from degu.training.model_card import write_model_card
 
 # What has to be as it was for a resumed run to equal an uninterrupted one.
-_RUN = ("num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "seed")
+_RUN = ("num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "weighting_scheme", "seed")
 
 
 def new_optimizer(args, parameters) -> torch.optim.Optimizer:
@@ -118,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     resume = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     backbone = load_backbone(args.pretrained_model_name_or_path, args.revision, args.variant, dtype, accelerator.device)
+    args.optimizer = args.optimizer or backbone.default_optimizer
+    if args.learning_rate is None:
+        args.learning_rate = PRODIGY_LEARNING_RATE if args.optimizer == "prodigy" else ADAMW_LEARNING_RATE
+    backbone.use_weighting_scheme(args.weighting_scheme, logit_mean=args.logit_mean, logit_std=args.logit_std, mode_scale=args.mode_scale)
     if args.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     resolution = args.resolution or backbone.default_resolution
