@@ -8,9 +8,8 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from degu.attention_processors import CrossAttentionLayer, FidelityStream, cross_attention_layers
-from degu.pipelines.cae_encoding import encode_cae
-from degu.pipelines.cae_file import ContextAgnosticEmbeddings, rows_by_layer
+from degu.attention_processors import CrossAttentionLayer, FidelityStream, JointAttentionLayer
+from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.pipelines.cae_loader import CaeLoaderMixin
 from degu.pipelines.families import Family
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
@@ -106,29 +105,38 @@ class DeGuMixin(CaeLoaderMixin):
         # Stock would not evaluate the null stream at guidance_scale <= 1; DeGu needs it at any scale.
         return self._guided is not None or super().do_classifier_free_guidance
 
-    # --- the family's models: as U-Nets have it, where a family does not say otherwise ---
+    # --- what each family says of its own models ---
 
     @property
     def _denoiser(self) -> torch.nn.Module:
-        return self.unet
+        raise NotImplementedError
+
+    def _layers(self) -> list[CrossAttentionLayer] | list[JointAttentionLayer]:
+        """Where the denoiser attends to text."""
+        raise NotImplementedError
 
     def _text_encoders(self) -> dict[str, tuple]:
         """(text encoder, its tokenizer) by component name."""
-        return {"text_encoder": (self.text_encoder, self.tokenizer)}
-
-    def _token_positions(self, config: TcamConfig) -> slice:
-        """Where the token, or the subject's tokens, stand in `[SOT] V_1 ... V_N [EOT] [PAD] ...`."""
-        tokens = self.active_cae.num_tokens
-        return {"sot": slice(0, 1), "subject": slice(1, tokens + 1), "eot": slice(tokens + 1, tokens + 2)}[config.token]
-
-    def _encode_options(self, stock: dict[str, Any]) -> dict[str, Any]:
-        """What else of stock's arguments its `encode_prompt` is to be told."""
-        return {"lora_scale": (stock["cross_attention_kwargs"] or {}).get("scale")}
+        raise NotImplementedError
 
     def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The embeddings of each text encoder, (layers, tokens, dim), as the denoiser takes them: the hidden states
         (layers, length, hidden) and, in families that have it, the pooled embedding (1, dim)."""
-        return encode_cae(self.text_encoder, self.tokenizer, embeddings["text_encoder"]), None
+        raise NotImplementedError
+
+    def _fidelity(self, masking: Masking | None, stock: dict[str, Any]) -> tuple[FidelityStream, Condition | None]:
+        """The active CAE, encoded: as every layer sees it, and what of it comes in with the batch."""
+        raise NotImplementedError
+
+    def _levels(self, config: TcamConfig) -> tuple[int, ...]:
+        """The levels of the candidate maps, coarsest first. Raises ValueError for maps that this denoiser does not have."""
+        raise NotImplementedError
+
+    def _encode_options(self, stock: dict[str, Any]) -> dict[str, Any]:
+        """What of stock's arguments its `encode_prompt` is to be told."""
+        raise NotImplementedError
+
+    # --- and what follows from it ---
 
     def _unused_text_encoders(self) -> tuple[str, ...]:
         """Text encoders of the family that this pipeline does without."""
@@ -137,40 +145,16 @@ class DeGuMixin(CaeLoaderMixin):
     def _cae_dims(self) -> dict[str, int]:
         return {name: encoder.get_input_embeddings().weight.shape[1] for name, (encoder, _) in self._text_encoders().items()}
 
-    def _layers(self) -> list[CrossAttentionLayer]:
-        return cross_attention_layers(self._denoiser)
-
     def _check_cae(self, cae: ContextAgnosticEmbeddings, source: str) -> None:
-        """Raises ValueError where the CAE is not for this denoiser and tokenizer."""
-        rows_by_layer(cae, [layer.name for layer in self._layers()], source)
+        """Raises ValueError where the CAE is not for this denoiser and its tokenizers."""
         for _, tokenizer in self._text_encoders().values():
             if cae.num_tokens + 2 > tokenizer.model_max_length:
                 raise ValueError(f"{source} has {cae.num_tokens} tokens; the tokenizer's {tokenizer.model_max_length} include start and end.")
 
-    def _levels(self, config: TcamConfig) -> tuple[int, ...]:
-        """The levels of the candidate maps, coarsest first; by default the decoder's two coarsest."""
-        if config.layers is not None:
-            raise ValueError("`layers` chooses blocks of an MMDiT; this denoiser is a U-Net, whose maps `resolutions` chooses.")
-        available = sorted({layer.level for layer in self._layers() if layer.decoder}, reverse=True)
-        if not available:
-            raise ValueError("This denoiser's decoder has no cross-attention to read masks from: call `disable_tcam()`.")
-        if config.resolutions is None:
-            return tuple(available[:2])
-        by_fraction = {2.0**-level: level for level in available}
-        unknown = [fraction for fraction in config.resolutions if fraction not in by_fraction]
-        if unknown:
-            raise ValueError(f"`resolutions` {unknown} have no cross-attention in this decoder; it has {sorted(by_fraction)}.")
-        return tuple(sorted({by_fraction[fraction] for fraction in config.resolutions}, reverse=True))
-
-    def _fidelity(self, masking: Masking | None, stock: dict[str, Any]) -> tuple[FidelityStream, Condition | None]:
-        """The active CAE, encoded: as every layer sees it, and what of it comes in with the batch."""
-        layers, cae, device, dtype = self._layers(), self.active_cae, self._execution_device, self._denoiser.dtype
-        hidden, pooled = self._encode_cae({name: rows.to(device) for name, rows in cae.embeddings.items()})
-        hidden, rows = hidden.to(device, dtype), rows_by_layer(cae, [layer.name for layer in layers])
-        contexts = {name: hidden[row : row + 1] for name, row in rows.items()}
-        levels = masking.levels if masking is not None else ()
-        captured = frozenset(layer.name for layer in layers if layer.decoder and layer.level in levels)
-        return FidelityStream(slice(0), contexts, None, captured), None if pooled is None else Condition(None, pooled.to(device, dtype))
+    def _token_positions(self, config: TcamConfig) -> slice:
+        """Where the token, or the subject's tokens, stand in `[SOT] V_1 ... V_N [EOT] [PAD] ...`."""
+        tokens = self.active_cae.num_tokens
+        return {"sot": slice(0, 1), "subject": slice(1, tokens + 1), "eot": slice(tokens + 1, tokens + 2)}[config.token]
 
     # --- the call ---
 
@@ -274,7 +258,6 @@ class DeGuMixin(CaeLoaderMixin):
             device=self._execution_device,
             num_images_per_prompt=stock["num_images_per_prompt"] or 1,
             do_classifier_free_guidance=False,
-            clip_skip=stock["clip_skip"],
             **self._encode_options(stock),
         )
         embeds, pooled = encoded[0], encoded[2] if len(encoded) > 2 else None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from diffusers import StableDiffusionPipeline
 
-from degu.pipelines.degu_mixin import DeGuMixin, extends
+from degu.pipelines.cae_encoding import encode_cae
+from degu.pipelines.degu_mixin import extends
 from degu.pipelines.families import SD
 from degu.pipelines.output import StableDiffusionDeGuPipelineOutput
+from degu.pipelines.unet_mixin import UNetDeGuMixin
 
 
-class StableDiffusionDeGuPipeline(DeGuMixin, StableDiffusionPipeline):
+class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` with a stream of its own for a subject learned as context-agnostic embeddings (CAE).
 
     Example:
@@ -24,6 +26,12 @@ class StableDiffusionDeGuPipeline(DeGuMixin, StableDiffusionPipeline):
 
     _degu_family = SD
     _output_class = StableDiffusionDeGuPipelineOutput
+
+    def _text_encoders(self) -> dict[str, tuple]:
+        return {"text_encoder": (self.text_encoder, self.tokenizer)}
+
+    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
+        return encode_cae(self.text_encoder, self.tokenizer, embeddings["text_encoder"]), None
 
     @extends(StableDiffusionPipeline.__call__)
     @torch.no_grad()

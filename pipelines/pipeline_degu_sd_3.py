@@ -54,9 +54,7 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         sets = next(iter(cae.embeddings.values())).shape[0]
         if sets != 1:
             raise ValueError(f"{source} has embeddings for {sets} layers; SD 3 has one set for the whole transformer.")
-        for _, tokenizer in self._text_encoders().values():
-            if cae.num_tokens + 2 > tokenizer.model_max_length:
-                raise ValueError(f"{source} has {cae.num_tokens} tokens; the tokenizer's {tokenizer.model_max_length} include start and end.")
+        super()._check_cae(cae, source)
 
     def _blocks(self, config: TcamConfig) -> tuple[int, ...]:
         """The blocks whose attention is averaged; by default the middle third."""
@@ -82,7 +80,8 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         return slice(start, start + tokens) if config.token == "subject" else slice(start + tokens, start + tokens + 1)
 
     def _encode_options(self, stock: dict[str, Any]) -> dict[str, Any]:
-        return {"lora_scale": (stock["joint_attention_kwargs"] or {}).get("scale"), "max_sequence_length": stock["max_sequence_length"]}
+        lora_scale = (stock["joint_attention_kwargs"] or {}).get("scale")
+        return {"clip_skip": stock["clip_skip"], "lora_scale": lora_scale, "max_sequence_length": stock["max_sequence_length"]}
 
     def _fidelity(self, masking: Masking | None, stock: dict[str, Any]) -> tuple[JointFidelityStream, Condition]:
         given = stock["prompt_embeds"]

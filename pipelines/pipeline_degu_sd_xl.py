@@ -8,12 +8,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from degu.pipelines.cae_encoding import encode_cae_xl
-from degu.pipelines.degu_mixin import DeGuMixin, extends
+from degu.pipelines.degu_mixin import extends
 from degu.pipelines.families import SDXL
 from degu.pipelines.output import StableDiffusionXLDeGuPipelineOutput
+from degu.pipelines.unet_mixin import UNetDeGuMixin
 
 
-class StableDiffusionXLDeGuPipeline(DeGuMixin, StableDiffusionXLPipeline):
+class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` with a stream of its own for a subject learned as context-agnostic embeddings (CAE).
 
     The fidelity stream has the CAE's own pooled embedding and the prompt's sizes (`original_size`, `target_size`, crop).
