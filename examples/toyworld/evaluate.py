@@ -36,6 +36,16 @@ def read_back(pipe, oracle: Oracle, captions: list[dict[str, str]], guidance_sca
     return {field: float(np.mean(values)) for field, values in hits.items()}
 
 
+def looks() -> list[dict[str, str]]:
+    """Every class with every pattern, all colours named."""
+    colours, made = list(COLOURS), []
+    for i, kind in enumerate(CLASSES):
+        for j, pattern in enumerate(PATTERNS):
+            second = {} if pattern == "plain" else {"second_colour": colours[(i + j + 1) % len(colours)]}
+            made.append({"kind": kind, "colour": colours[i], "pattern": pattern} | second)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -47,16 +57,10 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     print(f"autoencoder: {psnr(pipe.vae, pictures(np.random.default_rng(10**9), 500)):.2f} dB PSNR on 500 fresh renderings")
     print("oracle on 2,000 fresh renderings:", {name: round(value, 3) for name, value in accuracies(oracle).items()})
-    colours = list(COLOURS)
-    looks = [
-        {"kind": k, "colour": colours[i], "pattern": p} | ({"second_colour": colours[(i + j + 1) % len(colours)]} if p != "plain" else {})
-        for i, k in enumerate(CLASSES)
-        for j, p in enumerate(PATTERNS)
-    ]
     captions = {
         "class x scene": [{"kind": k, "scene": s} for k in CLASSES for s in SCENES],
         "class x colour": [{"kind": k, "colour": c} for k in CLASSES for c in COLOURS],
-        "class x pattern, both colours named": looks,
+        "class x pattern, both colours named": looks(),
         "class x pattern, no colour named": [{"kind": k, "pattern": p} for k in CLASSES for p in PATTERNS],
     }
     for name, group in captions.items():

@@ -91,8 +91,8 @@ class Oracle(nn.Module):
             nn.Conv2d(32, 64, 4, stride=2, padding=1), _Block(64),
             nn.Conv2d(64, 96, 4, stride=2, padding=1), _Block(96), _Block(96),
         )  # fmt: skip
-        self.pool = nn.Sequential(nn.Conv2d(96, 128, 4, stride=2, padding=1), nn.GroupNorm(8, 128), nn.SiLU())
-        self.mix = nn.Sequential(nn.Linear(128 * 16, 128), nn.SiLU())
+        self.pool = nn.Sequential(nn.Conv2d(96, 112, 4, stride=2, padding=1), nn.GroupNorm(8, 112), nn.SiLU())
+        self.mix = nn.Sequential(nn.Linear(112 * 16, 128), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(values)) for name, values in FIELDS.items()})
         self.region = nn.Sequential(nn.Conv2d(96, 4, 1), nn.PixelShuffle(2))
         self.clip = nn.Linear(128, EMBEDDING)
