@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
@@ -19,11 +22,22 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from degu.attention_processors import cross_attention_layers
 from degu.pipelines import StableDiffusionDeGuPipeline
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings
+from degu.pipelines.self_contained import self_contained_source
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "examples" / "toyworld" / "models" / "sd"
@@ -171,3 +185,40 @@ def loaded(pipe) -> StableDiffusionDeGuPipeline:
 def noise(count: int = 1, side: int = 16, seed: int = 0) -> torch.Tensor:
     """Starting latents; row i depends on i alone."""
     return torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
+
+
+def load_random_ip_adapter(pipe) -> None:
+    """An image prompt for a U-Net, as `load_ip_adapter` would load its weights; embeddings of (1, DIM) per picture."""
+    torch.manual_seed(3)
+    config = CLIPVisionConfig(hidden_size=DIM, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16, projection_dim=DIM)
+    pipe.register_modules(image_encoder=CLIPVisionModelWithProjection(config))
+    weights, index, dim = {}, 1, pipe.unet.config.cross_attention_dim
+    for name, processor in pipe.unet.attn_processors.items():
+        if name.endswith("attn2.processor"):
+            module = pipe.unet.get_submodule(name.removesuffix(".processor"))
+            for key in ("to_k_ip", "to_v_ip"):
+                weights[f"{index}.{key}.weight"] = torch.randn(module.to_k.out_features, dim)
+        index += 2 if name.endswith("attn2.processor") else 0
+    projection = {"proj.weight": torch.randn(4 * dim, DIM), "proj.bias": torch.zeros(4 * dim), "norm.weight": torch.ones(dim), "norm.bias": torch.zeros(dim)}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
+    pipe.set_ip_adapter_scale(1.0)
+
+
+def load_as_custom_pipeline(model: Path, name: str, cls: type, folder: Path, self_contained: bool) -> None:
+    """In another process, from another working directory and with an empty module cache, loads and calls `pipelines/<name>.py`: the
+    file in the checkout, or the generated one where `degu` cannot be imported."""
+    file, without = ROOT / "pipelines" / f"{name}.py", ""
+    if self_contained:
+        file, without = folder / f"{name}.py", "sys.modules['degu'] = None"
+        file.write_text(self_contained_source(f"degu.pipelines.{name}"))
+    script = f"""
+        import sys
+        {without}
+        from diffusers import DiffusionPipeline
+        pipe = DiffusionPipeline.from_pretrained({str(model)!r}, custom_pipeline={str(file)!r}, trust_remote_code=True)
+        assert type(pipe).__name__ == {cls.__name__!r}, type(pipe)
+        assert pipe.get_list_cae_adapters() == []
+        print("loaded", len(pipe("a dog", num_inference_steps=1).images))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=folder, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(folder)})
+    assert "loaded 1" in run.stdout, run.stderr

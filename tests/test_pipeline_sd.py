@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import os
-import subprocess
-import sys
-import textwrap
 
 import diffusers
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import DIM, ROOT, SHIPPED, as_dict, noise, random_cae, tiny_stock
+from conftest import DIM, SHIPPED, as_dict, load_as_custom_pipeline, load_random_ip_adapter, noise, random_cae, tiny_stock
 from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from reference import reference_latents
 
 from degu.pipelines import StableDiffusionDeGuPipeline
-from degu.pipelines.self_contained import self_contained_source
 
 SCHEDULERS = {
     "ddim": (diffusers.DDIMScheduler, {}),
@@ -366,28 +361,10 @@ def test_cutting_guidance_off(loaded):
     assert rows == [3, 3, 1, 1]
 
 
-def load_random_ip_adapter(pipe) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(3)
-    config = CLIPVisionConfig(hidden_size=DIM, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16, projection_dim=DIM)
-    pipe.register_modules(image_encoder=CLIPVisionModelWithProjection(config))
-    weights, index = {}, 1
-    for name, processor in pipe.unet.attn_processors.items():
-        if name.endswith("attn2.processor"):
-            module = pipe.unet.get_submodule(name.removesuffix(".processor"))
-            for key in ("to_k_ip", "to_v_ip"):
-                weights[f"{index}.{key}.weight"] = torch.randn(module.to_k.out_features, DIM)
-        index += 2 if name.endswith("attn2.processor") else 0
-    projection = {"proj.weight": torch.randn(4 * DIM, DIM), "proj.bias": torch.zeros(4 * DIM), "norm.weight": torch.ones(DIM), "norm.bias": torch.zeros(DIM)}
-    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
-
-
 def test_ip_adapter(loaded):
     """As an input it guides the prompt's stream; with a host prompt, the host's alone. Its weights stay in place."""
     load_random_ip_adapter(loaded)
     state, processors = loaded.unet.state_dict(), loaded.unet.attn_processors
-    loaded.set_ip_adapter_scale(1.0)
     embeds = [torch.randn(2, 1, DIM, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     first, second = (latents_of(loaded, ip_adapter_image_embeds=[e]) for e in embeds)
     assert not torch.allclose(first, second)
@@ -511,22 +488,7 @@ def test_save_and_load_both_ways(stock, loaded, tmp_path):
 
 @pytest.mark.parametrize("self_contained", [False, True])
 def test_as_a_custom_pipeline_from_elsewhere(tmp_path, self_contained):
-    """The file in the checkout, and the generated one where `degu` cannot be imported; with an empty module cache."""
-    file, without = ROOT / "pipelines" / "pipeline_degu_sd.py", ""
-    if self_contained:
-        file, without = tmp_path / "pipeline_degu_sd.py", "sys.modules['degu'] = None"
-        file.write_text(self_contained_source())
-    script = f"""
-        import sys
-        {without}
-        from diffusers import DiffusionPipeline
-        pipe = DiffusionPipeline.from_pretrained({str(SHIPPED)!r}, custom_pipeline={str(file)!r}, trust_remote_code=True)
-        assert type(pipe).__name__ == "StableDiffusionDeGuPipeline", type(pipe)
-        assert pipe.get_list_cae_adapters() == []
-        print("loaded", len(pipe("a dog", num_inference_steps=1).images))
-    """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path)})
-    assert "loaded 1" in run.stdout, run.stderr
+    load_as_custom_pipeline(SHIPPED, "pipeline_degu_sd", StableDiffusionDeGuPipeline, tmp_path, self_contained)
 
 
 def test_too_many_tokens_for_the_text_encoder(pipe):

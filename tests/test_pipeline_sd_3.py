@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
-import textwrap
 from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import DIM, ROOT, TOKENS, as_dict, noise, random_cae, tiny_stock_3
+from conftest import DIM, TOKENS, as_dict, load_as_custom_pipeline, noise, random_cae, tiny_stock_3
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from reference import reference_latents_3
 
 from degu.attention_processors import JointFidelityStream, joint_attention_layers
@@ -21,7 +20,6 @@ from degu.pipelines import StableDiffusion3DeGuPipeline
 from degu.pipelines.cae_file import save_cae
 from degu.pipelines.families import SD3
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
-from degu.pipelines.self_contained import self_contained_source
 from degu.pipelines.streams import Condition
 
 PROMPTS = ["a dog in the snow", "a cat on the beach", "a mug at night"]
@@ -170,6 +168,23 @@ def test_host_embeddings_instead_of_prompts(loaded):
         latents_of(loaded, host_prompt_embeds=embeds)
 
 
+def test_ip_adapter(loaded):
+    """It guides the prompt's stream; with a host prompt, the host's alone. Masks are read as before."""
+    transformer = loaded.transformer
+    torch.manual_seed(3)
+    options = {"hidden_size": 16, "ip_hidden_states_dim": 16, "head_dim": 8, "timesteps_emb_dim": 16, "scale": 1.0}
+    for block in transformer.transformer_blocks:
+        block.attn.processor = SD3IPAdapterJointAttnProcessor2_0(**options)
+    transformer.image_proj = IPAdapterTimeImageProjection(embed_dim=6, output_dim=16, hidden_dim=16, depth=1, dim_head=8, heads=2, num_queries=4, timestep_in_dim=16)
+    embeds = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    images = (embeds[:2], embeds[[0, 2]])  # the same negative, two pictures
+    prompted, hosted = ([latents_of(loaded, ip_adapter_image_embeds=e, **options) for e in images] for options in ({}, {"host_prompt": "a dog"}))
+    assert not torch.allclose(*prompted) and not torch.allclose(*hosted)
+    unhosted = [latents_of(loaded, ip_adapter_image_embeds=e, host_prompt="a dog", host_guidance_scale=1e-9) for e in images]
+    assert (unhosted[0] - unhosted[1]).abs().max() < 0.01 * (hosted[0] - hosted[1]).abs().max()
+    assert all(type(block.attn.processor) is SD3IPAdapterJointAttnProcessor2_0 for block in transformer.transformer_blocks)
+
+
 @pytest.mark.parametrize("options", [{"clip_skip": 1}, {"guidance_scale": 0.5}, {"negative_prompt": "a fish"}, {"prompt_3": "a fish"}])
 def test_stocks_options_act(loaded, options):
     made = latents_of(loaded, **options)
@@ -239,20 +254,7 @@ def test_what_does_not_fit_is_refused(loaded):
 @pytest.mark.parametrize("self_contained", [False, True])
 def test_as_a_custom_pipeline_from_elsewhere(stock, tmp_path, self_contained):
     stock.save_pretrained(tmp_path / "model")
-    file, without = ROOT / "pipelines" / "pipeline_degu_sd_3.py", ""
-    if self_contained:
-        file, without = tmp_path / "pipeline_degu_sd_3.py", "sys.modules['degu'] = None"
-        file.write_text(self_contained_source("degu.pipelines.pipeline_degu_sd_3"))
-    script = f"""
-        import sys
-        {without}
-        from diffusers import DiffusionPipeline
-        pipe = DiffusionPipeline.from_pretrained("model", custom_pipeline={str(file)!r}, trust_remote_code=True)
-        assert type(pipe).__name__ == "StableDiffusion3DeGuPipeline", type(pipe)
-        print("loaded", len(pipe("a dog", num_inference_steps=1).images))
-    """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True)
-    assert "loaded 1" in run.stdout, run.stderr
+    load_as_custom_pipeline(tmp_path / "model", "pipeline_degu_sd_3", StableDiffusion3DeGuPipeline, tmp_path, self_contained)
 
 
 @pytest.mark.parametrize("size", ["medium", "large"])

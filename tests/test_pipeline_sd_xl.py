@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
-import textwrap
 from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import DIM, DIM_2, ROOT, TOKENS, as_dict, noise, random_cae, tiny_stock_xl
+from conftest import DIM, DIM_2, TOKENS, as_dict, load_as_custom_pipeline, load_random_ip_adapter, noise, random_cae, tiny_stock_xl
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from reference import reference_latents, sdxl_conditions
 
@@ -21,7 +18,6 @@ from degu.pipelines import StableDiffusionXLDeGuPipeline
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings, save_cae
 from degu.pipelines.families import SDXL
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
-from degu.pipelines.self_contained import self_contained_source
 from degu.pipelines.streams import Condition
 
 PROMPTS = ["a dog in the snow", "a cat on the beach", "a mug at night"]
@@ -151,6 +147,17 @@ def test_sliced_streams_give_the_same_images(loaded):
     torch.testing.assert_close(latents_of(loaded, host_prompt="a red dog"), made, rtol=1e-4, atol=1e-4)
 
 
+def test_ip_adapter(loaded):
+    """It guides the prompt's stream; with a host prompt, the host's alone."""
+    load_random_ip_adapter(loaded)
+    embeds = [torch.randn(2, 1, DIM, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    images = (embeds[0], torch.cat([embeds[0][:1], embeds[1][1:]]))  # the same negative, two pictures
+    prompted, hosted = ([latents_of(loaded, ip_adapter_image_embeds=[e], **options) for e in images] for options in ({}, {"host_prompt": "a dog"}))
+    assert not torch.allclose(*prompted) and not torch.allclose(*hosted)
+    unhosted = [latents_of(loaded, ip_adapter_image_embeds=[e], host_prompt="a dog", host_guidance_scale=1e-9) for e in images]
+    assert (unhosted[0] - unhosted[1]).abs().max() < 0.01 * (hosted[0] - hosted[1]).abs().max()
+
+
 @pytest.mark.parametrize("options", [{"denoising_end": 0.5}, {"guidance_rescale": 0.7}, {"clip_skip": 1}, {"guidance_scale": 0.5}, {"negative_prompt": "a fish"}])
 def test_stocks_options_act(loaded, options):
     made = latents_of(loaded, steps=4, **options)
@@ -210,20 +217,7 @@ def test_what_does_not_fit_is_refused(stock, loaded, tmp_path):
 @pytest.mark.parametrize("self_contained", [False, True])
 def test_as_a_custom_pipeline_from_elsewhere(stock, tmp_path, self_contained):
     stock.save_pretrained(tmp_path / "model")
-    file, without = ROOT / "pipelines" / "pipeline_degu_sd_xl.py", ""
-    if self_contained:
-        file, without = tmp_path / "pipeline_degu_sd_xl.py", "sys.modules['degu'] = None"
-        file.write_text(self_contained_source("degu.pipelines.pipeline_degu_sd_xl"))
-    script = f"""
-        import sys
-        {without}
-        from diffusers import DiffusionPipeline
-        pipe = DiffusionPipeline.from_pretrained("model", custom_pipeline={str(file)!r}, trust_remote_code=True)
-        assert type(pipe).__name__ == "StableDiffusionXLDeGuPipeline", type(pipe)
-        print("loaded", len(pipe("a dog", num_inference_steps=1).images))
-    """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True)
-    assert "loaded 1" in run.stdout, run.stderr
+    load_as_custom_pipeline(tmp_path / "model", "pipeline_degu_sd_xl", StableDiffusionXLDeGuPipeline, tmp_path, self_contained)
 
 
 def test_a_full_size_step():
