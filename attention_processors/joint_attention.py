@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,9 @@ class JointFidelityStream(FidelityStream):
     def wrapper(self, layer: JointAttentionLayer, processor) -> JointFidelityAttnProcessor:
         return JointFidelityAttnProcessor(processor, self, layer)
 
+    def attached(self, layers: list[JointAttentionLayer]) -> contextlib.AbstractContextManager[None]:
+        return super().attached([layer for layer in layers if self.maps is not None and layer.name in self.captured])
+
 
 class JointFidelityAttnProcessor(FidelityAttnProcessor):
     """Wraps whatever processor a joint attention has, leaves all of the attention to it, and reads one text token's row."""
@@ -48,8 +52,7 @@ class JointFidelityAttnProcessor(FidelityAttnProcessor):
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, *args, **kwargs):
         """`hidden_states` (rows, patches, channels); `encoder_hidden_states` (rows, tokens, channels)."""
         rows, maps = self.stream.rows, self.stream.maps
-        if maps is not None and self.layer_name in self.stream.captured:
-            maps.add(self.level, row_attention(attn, hidden_states[rows], encoder_hidden_states[rows], maps.positions))
+        maps.add(self.level, row_attention(attn, hidden_states[rows], encoder_hidden_states[rows], maps.positions))
         return self.inner(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
 

@@ -40,6 +40,15 @@ def encode_cae(text_encoder, tokenizer, embeddings: torch.Tensor) -> torch.Tenso
     return encode_with_rows(text_encoder, tokenizer, ids, positions, embeddings)[0]
 
 
+def _encode_clips(clips: Sequence[tuple], embeddings: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list]:
+    """The penultimate hidden states of several CLIPs side by side, (layers, length, hidden), and each one's whole output."""
+    outputs = []
+    for (text_encoder, tokenizer), rows in zip(clips, embeddings, strict=True):
+        ids, positions = cae_sequence(tokenizer, rows.shape[1])
+        outputs.append(encode_with_rows(text_encoder, tokenizer, ids, positions, rows, output_hidden_states=True))
+    return torch.cat([output.hidden_states[-2] for output in outputs], -1), outputs
+
+
 def encode_cae_xl(encoders: Sequence[tuple], embeddings: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode_cae` as SDXL reads its text: both encoders' penultimate hidden states side by side, and the second's pooled one.
 
@@ -51,40 +60,34 @@ def encode_cae_xl(encoders: Sequence[tuple], embeddings: Sequence[torch.Tensor])
         The hidden states (layers, length, hidden) and the pooled embedding (1, projected). The denoiser takes that only once,
         so it is the mean over the layers' sequences.
     """
-    outputs = []
-    for (text_encoder, tokenizer), rows in zip(encoders, embeddings, strict=True):
-        ids, positions = cae_sequence(tokenizer, rows.shape[1])
-        outputs.append(encode_with_rows(text_encoder, tokenizer, ids, positions, rows, output_hidden_states=True))
-    return torch.cat([output.hidden_states[-2] for output in outputs], -1), outputs[-1].text_embeds.mean(0, keepdim=True)
+    hidden, outputs = _encode_clips(encoders, embeddings)
+    return hidden, outputs[-1].text_embeds.mean(0, keepdim=True)
 
 
 def encode_cae_3(
-    clips: Sequence[tuple], t5: tuple | None, embeddings: Sequence[torch.Tensor], t5_length: int, dim: int
+    clips: Sequence[tuple], embeddings: Sequence[torch.Tensor], t5: tuple | None, t5_embeddings: torch.Tensor | None, t5_length: int, dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode_cae` as SD 3 reads its text: the two CLIPs' penultimate states side by side, widened with zeros, then T5's.
 
     Args:
         clips: (text encoder with a projection, tokenizer), twice.
-        t5: (text encoder, tokenizer), or None: zeros take its place, as stock has it.
         embeddings: (1, tokens, dim) for each of them.
+        t5, t5_embeddings: the same for T5, or None: zeros take its place, as stock has it.
         t5_length: how long T5's part is, stock's `max_sequence_length`.
         dim: the width of the sequence.
 
     Returns:
         The sequence (1, length, dim) and both CLIPs' pooled embeddings side by side (1, projected).
     """
-    outputs = []
-    for (text_encoder, tokenizer), rows in zip(clips, embeddings):
-        ids, positions = cae_sequence(tokenizer, rows.shape[1])
-        outputs.append(encode_with_rows(text_encoder, tokenizer, ids, positions, rows, output_hidden_states=True))
-    clip = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+    clip, outputs = _encode_clips(clips, embeddings)
     if t5 is None:
         last = clip.new_zeros(1, t5_length, dim)
     else:
-        (text_encoder, tokenizer), rows = t5, embeddings[-1]
-        ids, positions = cae_sequence(tokenizer, rows.shape[1], t5_length)
+        text_encoder, tokenizer = t5
+        ids, positions = cae_sequence(tokenizer, t5_embeddings.shape[1], t5_length)
         # Its encoder looks tokens up in an embedding matrix of its own, which shares the weights of the model's.
-        last = encode_with_rows(text_encoder, tokenizer, ids, positions, rows, table=text_encoder.encoder.get_input_embeddings())[0]
+        table = text_encoder.encoder.get_input_embeddings()
+        last = encode_with_rows(text_encoder, tokenizer, ids, positions, t5_embeddings, table=table)[0]
     sequence = torch.cat([F.pad(clip, (0, dim - clip.shape[-1])), last.to(clip.device, clip.dtype)], 1)
     return sequence, torch.cat([output.text_embeds for output in outputs], -1)
 

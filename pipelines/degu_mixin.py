@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from dataclasses import fields, replace
 from typing import Any, Callable, Mapping, Sequence
 
@@ -32,7 +33,7 @@ def extends(stock_call: Callable) -> Callable:
     return decorate
 
 
-class DeGuMixin(CaeLoaderMixin):
+class DeGuMixin(CaeLoaderMixin, ABC):
     """Goes before a stock pipeline in the bases of a DeGu pipeline. Adds no component: all it keeps is state."""
 
     _degu_family: Family
@@ -108,33 +109,34 @@ class DeGuMixin(CaeLoaderMixin):
     # --- what each family says of its own models ---
 
     @property
+    @abstractmethod
     def _denoiser(self) -> torch.nn.Module:
-        raise NotImplementedError
+        """The module that is evaluated at every step."""
 
+    @abstractmethod
     def _layers(self) -> list[CrossAttentionLayer] | list[JointAttentionLayer]:
         """Where the denoiser attends to text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _text_encoders(self) -> dict[str, tuple]:
         """(text encoder, its tokenizer) by component name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The embeddings of each text encoder, (layers, tokens, dim), as the denoiser takes them: the hidden states
         (layers, length, hidden) and, in families that have it, the pooled embedding (1, dim)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fidelity(self, masking: Masking | None, stock: dict[str, Any]) -> tuple[FidelityStream, Condition | None]:
         """The active CAE, encoded: as every layer sees it, and what of it comes in with the batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _levels(self, config: TcamConfig) -> tuple[int, ...]:
         """The levels of the candidate maps, coarsest first. Raises ValueError for maps that this denoiser does not have."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _encode_options(self, stock: dict[str, Any]) -> dict[str, Any]:
         """What of stock's arguments its `encode_prompt` is to be told."""
-        raise NotImplementedError
 
     # --- and what follows from it ---
 

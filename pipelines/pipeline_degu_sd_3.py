@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -94,9 +94,11 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
             captured = frozenset(layer.name for layer in self._layers() if layer.index in blocks)
         return JointFidelityStream(slice(0), {}, None, captured), Condition(embeds.to(device, dtype), pooled.to(device, dtype))
 
-    def _encode_cae(self, embeddings, t5_length: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
-        *clips, t5 = (*self._text_encoders().values(), None)[:3]
-        return encode_cae_3(clips, t5, list(embeddings.values()), t5_length, self.transformer.config.joint_attention_dim)
+    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor], t5_length: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+        clips = self._text_encoders()
+        t5 = clips.pop("text_encoder_3", None)
+        rows, dim = [embeddings[name] for name in clips], self.transformer.config.joint_attention_dim
+        return encode_cae_3(list(clips.values()), rows, t5, embeddings.get("text_encoder_3"), t5_length, dim)
 
     @extends(StableDiffusion3Pipeline.__call__)
     @torch.no_grad()

@@ -15,6 +15,8 @@ from degu.pipelines.tcam import TcamConfig
 
 
 class UNetDeGuMixin(DeGuMixin):
+    """`DeGuMixin` for pipelines whose denoiser is `self.unet`; they add their text encoders and how these encode a CAE."""
+
     @property
     def _denoiser(self) -> torch.nn.Module:
         return self.unet

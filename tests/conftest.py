@@ -109,10 +109,7 @@ def tiny_stock_3(seed: int = 0, t5: bool = True, version: str = "3.5") -> Stable
     with torch.no_grad():
         for block in transformer.transformer_blocks:  # as in `with_shapely_attention`; norms, where there are any, set the scale
             (block.attn.norm_added_q or block.attn.add_q_proj).weight.mul_(4)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), norm_num_groups=4,
-        latent_channels=4, layers_per_block=1, sample_size=64, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+    vae = tiny_vae(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False)
     pipe = StableDiffusion3Pipeline(
         transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clips[0], tokenizer, clips[1], tokenizer,
         text_encoder_3 if t5 else None, tokenizer_3 if t5 else None,
@@ -129,10 +126,10 @@ def text_config(tokenizer, dim: int) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(**options) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8),
-        norm_num_groups=4, latent_channels=4, layers_per_block=1, sample_size=64,
+        norm_num_groups=4, latent_channels=4, layers_per_block=1, sample_size=64, **options,
     )  # fmt: skip
 
 

@@ -235,6 +235,7 @@ def test_a_file_with_t5_rows_loads_without_t5(loaded, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="degu.pipelines.cae_file"):
         small.load_cae_embeddings(tmp_path / "cae.safetensors")
     assert list(small.active_cae.embeddings) == ["text_encoder", "text_encoder_2"]
+    assert "cae.text_encoder_3" in caplog.text and "left out" in caplog.text
     with pytest.raises(ValueError, match="text_encoder_3"):
         loaded.load_cae_embeddings(as_dict(small.active_cae))
 

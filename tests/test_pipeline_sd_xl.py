@@ -237,7 +237,7 @@ def test_a_full_size_step():
             projection_class_embeddings_input_dim=2816,
         )
         layers = cross_attention_layers(unet)
-        assert len(layers) == 70
+        assert len(layers) == 70 and len({layer.name.split(".transformer_blocks.")[0] for layer in layers}) == 11
         contexts = {layer.name: torch.empty(1, 77, 2048) for layer in layers}
         captured = frozenset(layer.name for layer in layers if layer.decoder and layer.map_size((128, 128)) == (32, 32))
         fidelity, subject = FidelityStream(slice(0), contexts, None, captured), Condition(None, torch.empty(1, 1280))

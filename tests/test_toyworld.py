@@ -167,4 +167,6 @@ def test_the_stock_pipeline_follows_prompts():
     assert sum(a == b for a, (_, b, _) in zip(reading.values("scene"), wanted)) >= 7
     assert sum(a == b for a, (b, _, _) in zip(reading.values("kind"), wanted)) >= 7
     assert sum(a == b for a, (_, _, b) in zip(reading.values("colour"), wanted)) >= 7
-    assert read_back(pipe, oracle, looks()[::3], guidance_scale=4.0, steps=20, seed=0)["pattern"] >= 0.75
+    mixed = looks()[::5] + looks()[2::5]  # all patterns: they come in sixes
+    assert {look["pattern"] for look in mixed} == set(PATTERNS)
+    assert read_back(pipe, oracle, mixed, guidance_scale=4.0, steps=20, seed=0)["pattern"] >= 0.75

@@ -24,7 +24,7 @@ class StableDiffusion3Backbone(StableDiffusionBackbone):
     scheduler_class = FlowMatchEulerDiscreteScheduler
     default_optimizer = "prodigy"  # the paper's for this family
 
-    scheme, logit_mean, logit_std, mode_scale = "none", 0.0, 1.0, 1.29
+    scheme = "none"
 
     @property
     def resolution_multiple(self) -> int:
@@ -34,7 +34,9 @@ class StableDiffusion3Backbone(StableDiffusionBackbone):
     def set_names(self) -> list[str]:
         return ["transformer"]
 
-    def use_weighting_scheme(self, scheme: str, *, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29) -> None:
+    def use_weighting_scheme(
+        self, scheme: str, *, logit_mean: float | None = None, logit_std: float | None = None, mode_scale: float | None = None
+    ) -> None:
         self.scheme, self.logit_mean, self.logit_std, self.mode_scale = scheme, logit_mean, logit_std, mode_scale
 
     @contextlib.contextmanager
@@ -50,7 +52,7 @@ class StableDiffusion3Backbone(StableDiffusionBackbone):
         scheduler, config = self.noise_scheduler, self.vae.config
         latents = (batch.latents - config.shift_factor) * config.scaling_factor
         steps = self._drawn(batch.timesteps)
-        sigmas, timesteps = (values[steps.cpu()].to(latents.device) for values in (scheduler.sigmas, scheduler.timesteps))
+        sigmas, timesteps = (values.to(steps.device)[steps] for values in (scheduler.sigmas, scheduler.timesteps))
         sigmas = sigmas.view(-1, 1, 1, 1)
         noisy = (1 - sigmas) * latents + sigmas * batch.noise
         predicted = self.denoiser(
@@ -63,7 +65,7 @@ class StableDiffusion3Backbone(StableDiffusionBackbone):
         """Step numbers 0 ... T - 1 of the scheme's density from uniform ones: its inverse distribution function, so that examples
         still depend on their number alone."""
         count = self.num_train_timesteps
-        u = (uniform.double() + 0.5) / count
+        u = (uniform + 0.5) / count
         if self.scheme == "logit_normal":
             u = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
         elif self.scheme == "mode":

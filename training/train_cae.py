@@ -32,7 +32,8 @@ from degu.training.log import logger
 from degu.training.model_card import write_model_card
 
 # What has to be as it was for a resumed run to equal an uninterrupted one.
-_RUN = ("num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "weighting_scheme", "seed")
+_RUN = ("num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "seed",
+        "weighting_scheme", "logit_mean", "logit_std", "mode_scale")  # fmt: skip
 
 
 def new_optimizer(args, parameters) -> torch.optim.Optimizer:
