@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+
+# From a tokenizer, how many tokens, and the length (None: the tokenizer's) to the ids and where the embeddings stand in them.
+Sequencer = Callable[..., tuple[torch.Tensor, slice]]
 
 
 def cae_sequence(tokenizer, num_tokens: int, length: int | None = None) -> tuple[torch.Tensor, slice]:
@@ -26,30 +29,33 @@ def cae_sequence(tokenizer, num_tokens: int, length: int | None = None) -> tuple
     return torch.tensor(ids + [tokenizer.pad_token_id] * (length - len(ids))), slice(len(start), len(start) + num_tokens)
 
 
-def encode_cae(text_encoder, tokenizer, embeddings: torch.Tensor) -> torch.Tensor:
+def encode_cae(text_encoder, tokenizer, embeddings: torch.Tensor, sequence: Sequencer = cae_sequence) -> torch.Tensor:
     """Encodes every layer's embeddings on their own, in a sequence with no word in it; differentiable in them.
 
     Args:
         embeddings: (layers, tokens, dim), any float type; cast to the encoder's. Evaluated on their device, where an
             offloaded encoder's hooks bring its weights.
+        sequence: what the embeddings stand in.
 
     Returns:
         The last hidden states (layers, length, hidden).
     """
-    ids, positions = cae_sequence(tokenizer, embeddings.shape[1])
+    ids, positions = sequence(tokenizer, embeddings.shape[1])
     return encode_with_rows(text_encoder, tokenizer, ids, positions, embeddings)[0]
 
 
-def _encode_clips(clips: Sequence[tuple], embeddings: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list]:
+def _encode_clips(clips: Sequence[tuple], embeddings: Sequence[torch.Tensor], sequence: Sequencer) -> tuple[torch.Tensor, list]:
     """The penultimate hidden states of several CLIPs side by side, (layers, length, hidden), and each one's whole output."""
     outputs = []
     for (text_encoder, tokenizer), rows in zip(clips, embeddings, strict=True):
-        ids, positions = cae_sequence(tokenizer, rows.shape[1])
+        ids, positions = sequence(tokenizer, rows.shape[1])
         outputs.append(encode_with_rows(text_encoder, tokenizer, ids, positions, rows, output_hidden_states=True))
     return torch.cat([output.hidden_states[-2] for output in outputs], -1), outputs
 
 
-def encode_cae_xl(encoders: Sequence[tuple], embeddings: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_cae_xl(
+    encoders: Sequence[tuple], embeddings: Sequence[torch.Tensor], sequence: Sequencer = cae_sequence
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode_cae` as SDXL reads its text: both encoders' penultimate hidden states side by side, and the second's pooled one.
 
     Args:
@@ -60,12 +66,18 @@ def encode_cae_xl(encoders: Sequence[tuple], embeddings: Sequence[torch.Tensor])
         The hidden states (layers, length, hidden) and the pooled embedding (1, projected). The denoiser takes that only once,
         so it is the mean over the layers' sequences.
     """
-    hidden, outputs = _encode_clips(encoders, embeddings)
+    hidden, outputs = _encode_clips(encoders, embeddings, sequence)
     return hidden, outputs[-1].text_embeds.mean(0, keepdim=True)
 
 
 def encode_cae_3(
-    clips: Sequence[tuple], embeddings: Sequence[torch.Tensor], t5: tuple | None, t5_embeddings: torch.Tensor | None, t5_length: int, dim: int
+    clips: Sequence[tuple],
+    embeddings: Sequence[torch.Tensor],
+    t5: tuple | None,
+    t5_embeddings: torch.Tensor | None,
+    t5_length: int,
+    dim: int,
+    sequence: Sequencer = cae_sequence,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode_cae` as SD 3 reads its text: the two CLIPs' penultimate states side by side, widened with zeros, then T5's.
 
@@ -79,12 +91,12 @@ def encode_cae_3(
     Returns:
         The sequence (1, length, dim) and both CLIPs' pooled embeddings side by side (1, projected).
     """
-    clip, outputs = _encode_clips(clips, embeddings)
+    clip, outputs = _encode_clips(clips, embeddings, sequence)
     if t5 is None:
         last = clip.new_zeros(1, t5_length, dim)
     else:
         text_encoder, tokenizer = t5
-        ids, positions = cae_sequence(tokenizer, t5_embeddings.shape[1], t5_length)
+        ids, positions = sequence(tokenizer, t5_embeddings.shape[1], t5_length)
         # Its encoder looks tokens up in an embedding matrix of its own, which shares the weights of the model's.
         table = text_encoder.encoder.get_input_embeddings()
         last = encode_with_rows(text_encoder, tokenizer, ids, positions, t5_embeddings, table=table)[0]
