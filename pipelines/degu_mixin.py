@@ -10,10 +10,12 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 
 from degu.attention_processors import CrossAttentionLayer, FidelityStream, JointAttentionLayer
+from degu.pipelines.cae_encoding import cae_sequence
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.pipelines.cae_loader import CaeLoaderMixin
 from degu.pipelines.families import Family
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
+from degu.pipelines.host_weights import HostWeights
 from degu.pipelines.streams import Condition
 from degu.pipelines.tcam import TcamConfig
 from degu.pipelines.user_mask import latent_masks
@@ -38,6 +40,7 @@ class DeGuMixin(CaeLoaderMixin, ABC):
 
     _degu_family: Family
     _output_class: type  # stock's output with a field `subject_masks`
+    _cae_sequence = staticmethod(cae_sequence)  # no word beside the embeddings
     _guided: GuidedDenoiser | None = None  # set for the length of a call
     _tcam: TcamConfig | None = None  # None: the family's
     _tcam_enabled = True
@@ -169,11 +172,14 @@ class DeGuMixin(CaeLoaderMixin, ABC):
         fidelity_guidance_scale: float | None,
         host: Mapping[str, Any],
         host_guidance_scale: float | None,
+        host_weights: str,
+        host_denoiser: torch.nn.Module | None,
         subject_mask: Any,
     ):
         """Runs `stock_call` with the denoiser guided, or as it is where neither CAE nor host is in use.
 
-        `host`: the host's prompts and embeddings, named as `encode_prompt` takes them; None where not given.
+        `host`: the host's prompts and embeddings, named as `encode_prompt` takes them; None where not given. `host_denoiser`
+        evaluates its rows; None: the pipeline's.
         """
         self._last_masks = None
         bound = inspect.signature(stock_call).bind(*args, **kwargs)
@@ -185,9 +191,10 @@ class DeGuMixin(CaeLoaderMixin, ABC):
                 "`subject_mask` says where the fidelity stream acts, but that stream is off: load a CAE with "
                 "`load_cae_embeddings` and leave `fidelity_guidance_scale` above 0."
             )
+        weights = self._host_weights(host_weights, host_denoiser, host_scale)
         if fidelity_scale == 0 and host_scale == 0:
-            output = stock_call(*args, **kwargs)
-        else:
+            return self._with_masks(stock_call(*args, **kwargs))
+        with weights.left_out():
             prompts = _count(stock)
             images = prompts * (stock["num_images_per_prompt"] or 1)
             masking = self._masking(subject_mask, images, stock) if fidelity_scale != 0 else None
@@ -198,11 +205,12 @@ class DeGuMixin(CaeLoaderMixin, ABC):
                 layers=self._layers(),
                 fidelity=fidelity,
                 subject=subject,
-                host=self._encode_host(host, prompts, stock) if host_scale != 0 else None,
+                host=self._encode_host(host, weights, prompts, stock) if host_scale != 0 else None,
                 fidelity_scale=fidelity_scale,
                 host_scale=host_scale,
                 masking=masking,
                 sliced=self._stream_slicing,
+                host_weights=weights,
             )
             try:
                 with self._guided.installed(self._denoiser):
@@ -210,6 +218,9 @@ class DeGuMixin(CaeLoaderMixin, ABC):
                 self._last_masks = self._guided.last_masks
             finally:
                 self._guided = None
+        return self._with_masks(output)
+
+    def _with_masks(self, output):
         if isinstance(output, tuple):
             return output
         return self._output_class(**{field.name: getattr(output, field.name) for field in fields(output)}, subject_masks=self._last_masks)
@@ -253,15 +264,32 @@ class DeGuMixin(CaeLoaderMixin, ABC):
             return (side, side) if isinstance(side, int) else tuple(side)
         return stock["height"] // self.vae_scale_factor, stock["width"] // self.vae_scale_factor
 
-    def _encode_host(self, host: Mapping[str, Any], prompts: int, stock: dict[str, Any]) -> Condition:
+    def _host_weights(self, scope: str, denoiser: torch.nn.Module | None, host_scale: float) -> HostWeights:
+        """What of the model is the host's alone: the denoiser it comes with, and its adapters where `scope` is "host"."""
+        if scope not in ("all", "host"):
+            raise ValueError(f"`host_weights` is {scope!r}; it can be 'all' (its adapters act in all streams) or 'host' (in its own alone).")
+        if host_scale == 0 and (denoiser is not None or scope == "host"):
+            raise ValueError("Weights are given to the host alone, but there is no host stream: give `host_prompt`, and a `host_guidance_scale` that is not 0.")
+        if denoiser is not None:
+            own, theirs = self._denoiser, denoiser
+            if type(theirs) is not type(own) or theirs.dtype != own.dtype or theirs.device.type != self._execution_device.type:
+                raise ValueError(
+                    f"The host's denoiser is a {type(theirs).__name__} of {theirs.dtype} on {theirs.device}; it has to be as the pipeline's: "
+                    f"a {type(own).__name__} of {own.dtype} on {self._execution_device}."
+                )
+        encoders = [encoder for encoder, _ in self._text_encoders().values()] if scope == "host" else []
+        return HostWeights(denoiser, (self._denoiser, *encoders) if scope == "host" else ())
+
+    def _encode_host(self, host: Mapping[str, Any], weights: HostWeights, prompts: int, stock: dict[str, Any]) -> Condition:
         """The host prompt as the pipeline itself encodes prompts, one row per image."""
-        encoded = self.encode_prompt(
-            **{name: None if value is None else _one_per_prompt(name, value, prompts) for name, value in host.items()},
-            device=self._execution_device,
-            num_images_per_prompt=stock["num_images_per_prompt"] or 1,
-            do_classifier_free_guidance=False,
-            **self._encode_options(stock),
-        )
+        with weights.in_use(self._denoiser.forward):
+            encoded = self.encode_prompt(
+                **{name: None if value is None else _one_per_prompt(name, value, prompts) for name, value in host.items()},
+                device=self._execution_device,
+                num_images_per_prompt=stock["num_images_per_prompt"] or 1,
+                do_classifier_free_guidance=False,
+                **self._encode_options(stock),
+            )
         embeds, pooled = encoded[0], encoded[2] if len(encoded) > 2 else None
         if stock["prompt_embeds"] is not None and stock["prompt_embeds"].shape[1] != embeds.shape[1]:
             raise ValueError(

@@ -11,6 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from degu.attention_processors import AttentionMaps, CrossAttentionLayer, FidelityStream, JointAttentionLayer
 from degu.pipelines.guidance import decoupled_guidance
+from degu.pipelines.host_weights import HostWeights
 from degu.pipelines.streams import Condition, map_batched
 from degu.pipelines.subject_mask import subject_masks
 from degu.pipelines.tcam import TcamConfig
@@ -54,6 +55,7 @@ class GuidedDenoiser:
         fidelity_scale, host_scale: w_f, w_h.
         masking: where the masks come from; None: no masks.
         sliced: evaluate the streams one after another instead of in one batch.
+        host_weights: what of the model is the host's alone; None: nothing.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class GuidedDenoiser:
         host_scale: float,
         masking: Masking | None,
         sliced: bool,
+        host_weights: HostWeights | None = None,
     ) -> None:
         self.pipe, self.denoise, self.layers = pipe, denoise, layers
-        self.fidelity, self.subject, self.host = fidelity, subject, host
+        self.fidelity, self.subject, self.host, self.host_weights = fidelity, subject, host, host_weights or HostWeights()
         self.fidelity_scale, self.host_scale = fidelity_scale, host_scale
         self.masking, self.sliced = masking, sliced
         self.step = 0
@@ -163,11 +166,14 @@ class GuidedDenoiser:
         return self.guided - (self.prompted - self.denoise(sample, return_dict=False, **kwargs)[0])
 
     def _evaluate(self, streams, n, maps, sample, encoder_hidden_states, kwargs) -> dict[str, torch.Tensor]:
-        """Each stream's prediction, (n, channels, h, w): in one batch, or one after another where sliced."""
+        """Each stream's prediction, (n, channels, h, w): in one batch, or one after another where sliced; apart from the others, the
+        host's where it has weights of its own."""
         negative, positive = slice(0, n), slice(n, 2 * n)
         # The prompt's image prompts belong to the host where there is one, else to the editability stream.
         carrier = "host" if "host" in streams else "editability"
         groups = [[name] for name in streams] if self.sliced else [streams]
+        if self.host_weights.apart and "host" in streams and not self.sliced:
+            groups = [[name for name in streams if name != "host"], ["host"]]
         predictions = {}
         for names in groups:
             halves = [positive if name == carrier else negative for name in names]
@@ -189,11 +195,12 @@ class GuidedDenoiser:
             if gathered.get("timestep_cond") is not None and len(gathered["timestep_cond"]) == n:
                 gathered["timestep_cond"] = gathered["timestep_cond"].repeat(len(names), 1)
             with contextlib.ExitStack() as stack:
+                denoise = stack.enter_context(self.host_weights.in_use(self.denoise)) if names == ["host"] else self.denoise
                 if "fidelity" in names:
                     first = names.index("fidelity") * n
                     self.fidelity.rows, self.fidelity.maps = slice(first, first + n), maps
                     stack.enter_context(self.fidelity.attached(self.layers))
-                predicted = self.denoise(
+                predicted = denoise(
                     torch.cat([sample[:n]] * len(names)),
                     encoder_hidden_states=torch.cat([texts[name] for name in names]),
                     return_dict=False,

@@ -31,7 +31,7 @@ class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
         return {"text_encoder": (self.text_encoder, self.tokenizer)}
 
     def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
-        return encode_cae(self.text_encoder, self.tokenizer, embeddings["text_encoder"]), None
+        return encode_cae(self.text_encoder, self.tokenizer, embeddings["text_encoder"], self._cae_sequence), None
 
     @extends(StableDiffusionPipeline.__call__)
     @torch.no_grad()
@@ -42,6 +42,8 @@ class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
         host_prompt: str | list[str] | None = None,
         host_prompt_embeds: torch.Tensor | None = None,
         host_guidance_scale: float | None = None,
+        host_weights: str = "all",
+        host_unet: torch.nn.Module | None = None,
         subject_mask: Any = None,
         **kwargs,
     ):
@@ -55,6 +57,9 @@ class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
                 LoRA; one, or one per prompt. Turns the host stream on; image prompts (IP-Adapter) then go to it alone.
             host_prompt_embeds: instead of `host_prompt`, (prompts or 1, tokens, dim).
             host_guidance_scale: w_h; by default the family's.
+            host_weights: where loaded LoRA adapters act: "all" streams, or the "host" stream alone, which is then evaluated apart
+                from the others.
+            host_unet: a fine-tuned denoiser (DreamBooth) that evaluates the host stream instead of the pipeline's.
             subject_mask: the user's own mask instead of the one read from attention: PIL, array or tensor, (h, w) or
                 (images, h, w), 1 or white on the subject.
 
@@ -71,5 +76,7 @@ class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
             fidelity_guidance_scale=fidelity_guidance_scale,
             host={"prompt": host_prompt, "prompt_embeds": host_prompt_embeds},
             host_guidance_scale=host_guidance_scale,
+            host_weights=host_weights,
+            host_denoiser=host_unet,
             subject_mask=subject_mask,
         )

@@ -98,7 +98,7 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         clips = self._text_encoders()
         t5 = clips.pop("text_encoder_3", None)
         rows, dim = [embeddings[name] for name in clips], self.transformer.config.joint_attention_dim
-        return encode_cae_3(list(clips.values()), rows, t5, embeddings.get("text_encoder_3"), t5_length, dim)
+        return encode_cae_3(list(clips.values()), rows, t5, embeddings.get("text_encoder_3"), t5_length, dim, self._cae_sequence)
 
     @extends(StableDiffusion3Pipeline.__call__)
     @torch.no_grad()
@@ -112,6 +112,8 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         host_prompt_embeds: torch.Tensor | None = None,
         host_pooled_prompt_embeds: torch.Tensor | None = None,
         host_guidance_scale: float | None = None,
+        host_weights: str = "all",
+        host_transformer: torch.nn.Module | None = None,
         subject_mask: Any = None,
         **kwargs,
     ):
@@ -126,6 +128,9 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
                 prompts (IP-Adapter) then go to it alone.
             host_prompt_embeds, host_pooled_prompt_embeds: instead, (prompts or 1, tokens, dim) and (prompts or 1, dim).
             host_guidance_scale: w_h; by default the family's.
+            host_weights: where loaded LoRA adapters act: "all" streams, or the "host" stream alone, which is then evaluated apart
+                from the others.
+            host_transformer: a fine-tuned denoiser (DreamBooth) that evaluates the host stream instead of the pipeline's.
             subject_mask: the user's own mask instead of the one read from attention: PIL, array or tensor, (h, w) or
                 (images, h, w), 1 or white on the subject.
 
@@ -149,5 +154,7 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
             fidelity_guidance_scale=fidelity_guidance_scale,
             host=host,
             host_guidance_scale=host_guidance_scale,
+            host_weights=host_weights,
+            host_denoiser=host_transformer,
             subject_mask=subject_mask,
         )

@@ -36,7 +36,7 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
 
     def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         encoders = self._text_encoders()
-        return encode_cae_xl(list(encoders.values()), [embeddings[name] for name in encoders])
+        return encode_cae_xl(list(encoders.values()), [embeddings[name] for name in encoders], self._cae_sequence)
 
     @extends(StableDiffusionXLPipeline.__call__)
     @torch.no_grad()
@@ -49,6 +49,8 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
         host_prompt_embeds: torch.Tensor | None = None,
         host_pooled_prompt_embeds: torch.Tensor | None = None,
         host_guidance_scale: float | None = None,
+        host_weights: str = "all",
+        host_unet: torch.nn.Module | None = None,
         subject_mask: Any = None,
         **kwargs,
     ):
@@ -63,6 +65,9 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
                 then go to it alone.
             host_prompt_embeds, host_pooled_prompt_embeds: instead, (prompts or 1, tokens, dim) and (prompts or 1, dim).
             host_guidance_scale: w_h; by default the family's.
+            host_weights: where loaded LoRA adapters act: "all" streams, or the "host" stream alone, which is then evaluated apart
+                from the others.
+            host_unet: a fine-tuned denoiser (DreamBooth) that evaluates the host stream instead of the pipeline's.
             subject_mask: the user's own mask instead of the one read from attention: PIL, array or tensor, (h, w) or
                 (images, h, w), 1 or white on the subject.
 
@@ -85,5 +90,7 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
             fidelity_guidance_scale=fidelity_guidance_scale,
             host=host,
             host_guidance_scale=host_guidance_scale,
+            host_weights=host_weights,
+            host_denoiser=host_unet,
             subject_mask=subject_mask,
         )

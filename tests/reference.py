@@ -96,7 +96,7 @@ def mask_of(candidates: list[np.ndarray], size, invert: bool, kernel_size: int, 
 @torch.no_grad()
 def reference_latents(
     pipe, prompts, host_prompt, cae, latents, *, steps, w_e, w_f, w_h, start, token="sot", fractions=(1 / 4, 1 / 2), kernel_size=3, sigma=1.0,
-    guidance_rescale=0.0, conditions=sd_conditions,
+    guidance_rescale=0.0, conditions=sd_conditions, host_unet=None,
 ):  # fmt: skip
     """Latents after `steps` DDIM steps and the last step's masks; `start` None: no masking."""
     unet, n = pipe.unet, len(prompts)
@@ -133,7 +133,7 @@ def reference_latents(
             m = torch.from_numpy(masks).float()[:, None]
         guided = e_null + w_e * (1 if m is None else 1 - m) * (e_prompt - e_null) + w_f * (1 if m is None else m) * (e_cae - e_null)
         if host_prompt is not None:
-            guided = guided + w_h * (unet(latents, t, **host).sample - e_null)
+            guided = guided + w_h * ((host_unet or unet)(latents, t, **host).sample - e_null)
         if guidance_rescale:
             matched = guided * e_prompt.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
             guided = guidance_rescale * matched + (1 - guidance_rescale) * guided
