@@ -24,6 +24,7 @@ from safetensors import safe_open
 from degu.attention_processors import cross_attention_layers
 from degu.pipelines import StableDiffusion3DeGuPipeline, StableDiffusionDeGuPipeline, StableDiffusionXLDeGuPipeline
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings
+from degu.training.arguments import parse_args
 from degu.training.backbones import load_backbone
 from degu.training.embeddings import LearnedEmbeddings
 from degu.training.instance_images import InstanceImage, load_instance_images, training_view
@@ -279,13 +280,16 @@ def base_xl(tmp_path_factory) -> Path:
     return folder
 
 
-def test_loss_is_the_references_on_sdxl(base_xl):
-    """A set per transformer, both encoders' states, the mean pooled embedding, the view's own sizes."""
+@pytest.mark.parametrize("set_per", ["transformer", "layer"])
+def test_loss_is_the_references_on_sdxl(base_xl, tmp_path, set_per):
+    """A set per transformer or layer, both encoders' states, the mean pooled embedding, the view's own sizes."""
     backbone = load_backbone(str(base_xl), None, None, torch.float32, "cpu")
+    backbone.configure(parse_args(flags(base_xl, tmp_path, tmp_path, set_per=set_per)))
     stock, generator = tiny_stock_xl(), torch.Generator().manual_seed(5)
     names = [layer.name for layer in cross_attention_layers(stock.unet)]
-    modules = list(dict.fromkeys(name.split(".transformer_blocks.")[0] for name in names))
-    learned = {"text_encoder": torch.randn(7, 3, DIM, generator=generator), "text_encoder_2": torch.randn(7, 3, DIM_2, generator=generator)}
+    sets = list(dict.fromkeys(names if set_per == "layer" else [name.split(".transformer_blocks.")[0] for name in names]))
+    assert backbone.set_names == sets and len(sets) == (len(names) if set_per == "layer" else 7)
+    learned = {"text_encoder": torch.randn(len(sets), 3, DIM, generator=generator), "text_encoder_2": torch.randn(len(sets), 3, DIM_2, generator=generator)}
     learned = {name: rows.requires_grad_() for name, rows in learned.items()}
     sizes = torch.tensor([[100.0, 80, 0, 4, 64, 64], [64, 64, 0, 0, 64, 64]])
     batch = Batch(latents=noise(2), noise=noise(2, seed=9), timesteps=torch.tensor([100, 700]), masks=None, sizes=sizes)
@@ -297,7 +301,7 @@ def test_loss_is_the_references_on_sdxl(base_xl):
     with torch.no_grad():
         outputs = [[cae_output(*encoder, row) for encoder, row in zip(encoders, pair)] for pair in zip(*learned.values())]
         for layer in cross_attention_layers(stock.unet):
-            pair = outputs[modules.index(layer.name.split(".transformer_blocks.")[0])]
+            pair = outputs[next(i for i, name in enumerate(sets) if layer.name.startswith(name))]
             layer.module.processor = RecordingAttention(torch.cat([output.hidden_states[-2] for output in pair], 2))
         pooled = torch.stack([second.text_embeds for _, second in outputs]).mean(0).expand(2, -1)
         added = {"text_embeds": pooled, "time_ids": sizes}
@@ -331,10 +335,10 @@ def base_3(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap"])
-def test_loss_is_the_references_on_sd3(base_3, scheme):
+def test_loss_is_the_references_on_sd3(base_3, tmp_path, scheme):
     """Flow matching: the velocity from latents to noise, weighted as in diffusers' scripts."""
     backbone, stock, generator = load_backbone(str(base_3), None, None, torch.float32, "cpu"), tiny_stock_3(), torch.Generator().manual_seed(5)
-    backbone.use_weighting_scheme(scheme)
+    backbone.configure(parse_args(flags(base_3, tmp_path, tmp_path, weighting_scheme=scheme, max_sequence_length=20)))
     dims = {"text_encoder": DIM, "text_encoder_2": DIM_2, "text_encoder_3": DIM_3}
     learned = {name: torch.randn(1, 3, dim, generator=generator).requires_grad_() for name, dim in dims.items()}
     batch = Batch(latents=noise(2), noise=noise(2, seed=9), timesteps=torch.tensor([100, 700]), masks=None, sizes=torch.zeros(2, 6))
@@ -345,7 +349,7 @@ def test_loss_is_the_references_on_sd3(base_3, scheme):
     sigma = (3 * t / (1 + 2 * t)).view(-1, 1, 1, 1)  # the scheduler's shift is 3
     clean = (batch.latents - 0.06) * 1.5
     with torch.no_grad():
-        _, _, fidelity, _ = sd3_conditions(stock, ["", ""], None, ContextAgnosticEmbeddings(learned), 256)
+        _, _, fidelity, _ = sd3_conditions(stock, ["", ""], None, ContextAgnosticEmbeddings(learned), 20)
         predicted = stock.transformer((1 - sigma) * clean + sigma * batch.noise, timestep=1000 * sigma.flatten(), **fidelity).sample
     weight = {"none": 1, "sigma_sqrt": sigma**-2, "cosmap": 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))}[scheme]
     torch.testing.assert_close(loss.detach(), (weight * (predicted - batch.noise + clean) ** 2).mean(), rtol=1e-4, atol=1e-5)
@@ -353,9 +357,9 @@ def test_loss_is_the_references_on_sd3(base_3, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
-def test_timesteps_have_the_scripts_density(base_3, scheme):
+def test_timesteps_have_the_scripts_density(base_3, tmp_path, scheme):
     backbone = load_backbone(str(base_3), None, None, torch.float32, "cpu")
-    backbone.use_weighting_scheme(scheme, logit_mean=0.3, logit_std=0.7, mode_scale=1.29)
+    backbone.configure(parse_args(flags(base_3, tmp_path, tmp_path, weighting_scheme=scheme, logit_mean=0.3, logit_std=0.7, mode_scale=1.29)))
     generator = torch.Generator().manual_seed(0)
     drawn = backbone._drawn(torch.arange(1000).repeat(20)).sort().values.double() / 1000
     expected = compute_density_for_timestep_sampling(scheme, 20000, 0.3, 0.7, 1.29, generator=generator).sort().values
@@ -376,9 +380,11 @@ def test_script_on_sd3(base_3, photos, tmp_path):
     pipe.load_cae_embeddings(tmp_path)
 
 
-def test_weighting_is_for_flow_matching(base, photos, tmp_path):
-    with pytest.raises(ValueError, match="flow matching"):
-        main(flags(base, photos, tmp_path, weighting_scheme="mode"))
+@pytest.mark.parametrize("argument", [{"weighting_scheme": "mode"}, {"max_sequence_length": 77}, {"set_per": "layer"}])
+def test_arguments_of_other_families_are_refused(base, photos, tmp_path, argument):
+    name, value = next(iter(argument.items()))
+    with pytest.raises(ValueError, match=f"`--{name} {value}` is for other model families; this is 'sd'"):
+        main(flags(base, photos, tmp_path, **argument))
 
 
 # --- pictures and latents ---

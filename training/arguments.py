@@ -31,6 +31,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     cae = parser.add_argument_group("embeddings")
     cae.add_argument("--num_tokens", type=int, default=5)
+    cae.add_argument("--max_sequence_length", type=int, default=None, help="length of T5's part of the sequence on SD 3, by default 256 as in the pipeline's call; shorter is faster")
+    cae.add_argument("--set_per", choices=("layer", "transformer"), default="transformer", help="SDXL: a set of embeddings for each of the U-Net's 11 transformers, or for each of the 70 cross-attention layers in them")
     cae.add_argument("--no_layerwise", action="store_true", help="one set of embeddings for all cross-attention layers")
 
     out = parser.add_argument_group("output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 from typing import Iterator
@@ -24,7 +25,7 @@ class StableDiffusion3Backbone(StableDiffusionBackbone):
     scheduler_class = FlowMatchEulerDiscreteScheduler
     default_optimizer = "prodigy"  # the paper's for this family
 
-    scheme = "none"
+    own_arguments = ("weighting_scheme", "max_sequence_length")
 
     @property
     def resolution_multiple(self) -> int:
@@ -34,14 +35,18 @@ class StableDiffusion3Backbone(StableDiffusionBackbone):
     def set_names(self) -> list[str]:
         return ["transformer"]
 
-    def use_weighting_scheme(
-        self, scheme: str, *, logit_mean: float | None = None, logit_std: float | None = None, mode_scale: float | None = None
-    ) -> None:
-        self.scheme, self.logit_mean, self.logit_std, self.mode_scale = scheme, logit_mean, logit_std, mode_scale
+    def configure(self, args: argparse.Namespace) -> None:
+        super().configure(args)
+        self.scheme, self.logit_mean, self.logit_std, self.mode_scale = args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale
+        self.max_sequence_length = args.max_sequence_length or 256
+
+    @property
+    def call_options(self) -> dict:
+        return {"max_sequence_length": self.max_sequence_length}
 
     @contextlib.contextmanager
     def conditioned_on(self, embeddings: dict[str, torch.Tensor], examples: int) -> Iterator[Condition]:
-        embeds, pooled = self.pipeline._encode_cae(embeddings)
+        embeds, pooled = self.pipeline._encode_cae(embeddings, self.max_sequence_length)
         yield Condition(embeds.expand(examples, -1, -1), pooled.expand(examples, -1))
 
     def loss(self, condition: Condition, batch: Batch) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from typing import Iterator
 
@@ -15,6 +16,9 @@ from degu.pipelines.streams import Condition
 from degu.training.embeddings import noun_embedding
 from degu.training.latent_cache import Batch
 
+# Arguments that are not for every family, and what they are where they are not given.
+FAMILY_ARGUMENTS = {"weighting_scheme": "none", "max_sequence_length": None, "set_per": "transformer"}
+
 
 class StableDiffusionBackbone:
     """Loads the model with no gradients for its weights, and computes its own denoising loss from a CAE alone.
@@ -26,6 +30,8 @@ class StableDiffusionBackbone:
     pipeline_options: dict = {"safety_checker": None, "requires_safety_checker": False}
     scheduler_class: type = DDPMScheduler
     default_optimizer = "adamw"
+    own_arguments: tuple[str, ...] = ()  # of `FAMILY_ARGUMENTS`
+    call_options: dict = {}  # of the validation pictures
 
     def __init__(self, pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device) -> None:
         # The pipeline's modules also make the validation pictures.
@@ -53,10 +59,15 @@ class StableDiffusionBackbone:
         """The modules that have a set of embeddings of their own: every cross-attention layer."""
         return self.layer_names
 
-    def use_weighting_scheme(self, scheme: str, **options: float) -> None:
-        """Which timesteps count how much; for flow matching."""
-        if scheme != "none":
-            raise ValueError(f"`--weighting_scheme` {scheme} is for models trained with flow matching; this is {self.family!r}.")
+    def configure(self, args: argparse.Namespace) -> None:
+        """Takes over the arguments that only some families have.
+
+        Raises:
+            ValueError: one that this family does not have.
+        """
+        for name, default in FAMILY_ARGUMENTS.items():
+            if name not in self.own_arguments and getattr(args, name) != default:
+                raise ValueError(f"`--{name} {getattr(args, name)}` is for other model families; this is {self.family!r}.")
 
     def initial_embeddings(self, noun: str) -> dict[str, torch.Tensor]:
         return {name: noun_embedding(*encoder, noun) for name, encoder in self.text_encoders.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 from degu.pipelines import StableDiffusionXLDeGuPipeline
@@ -16,10 +18,19 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
     pipeline_class = StableDiffusionXLDeGuPipeline
     pipeline_options = {"add_watermarker": False}
 
+    own_arguments = ("set_per",)
+    set_per = "transformer"
+
+    def configure(self, args: argparse.Namespace) -> None:
+        super().configure(args)
+        self.set_per = args.set_per
+
     @property
     def set_names(self) -> list[str]:
-        """The transformers, each with all the cross-attention layers in it: 11 in SDXL, where 70 layers each with a set of their own
-        would be 70 sequences through both text encoders at every step."""
+        """By default the transformers, each with all the cross-attention layers in it: 11 in SDXL, where 70 layers each with a set of
+        their own are 70 sequences through both text encoders at every step."""
+        if self.set_per == "layer":
+            return self.layer_names
         return list(dict.fromkeys(name.split(".transformer_blocks.")[0] for name in self.layer_names))
 
     def predict(self, noisy: torch.Tensor, condition: Condition, batch: Batch) -> torch.Tensor:

@@ -33,7 +33,7 @@ from degu.training.model_card import write_model_card
 
 # What has to be as it was for a resumed run to equal an uninterrupted one.
 _RUN = ("num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "seed",
-        "weighting_scheme", "logit_mean", "logit_std", "mode_scale")  # fmt: skip
+        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "set_per")  # fmt: skip
 
 
 def new_optimizer(args, parameters) -> torch.optim.Optimizer:
@@ -85,7 +85,7 @@ def validate(args, accelerator: Accelerator, backbone, cae, step: int) -> None:
         pipeline.load_cae_embeddings(folder, adapter_name="validation")
     try:
         generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
-        images = pipeline([args.validation_prompt] * args.num_validation_images, generator=generators).images
+        images = pipeline([args.validation_prompt] * args.num_validation_images, generator=generators, **backbone.call_options).images
     finally:
         pipeline.unload_cae_embeddings("validation")
     folder = args.output_dir / "validation"
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.optimizer = args.optimizer or backbone.default_optimizer
     if args.learning_rate is None:
         args.learning_rate = PRODIGY_LEARNING_RATE if args.optimizer == "prodigy" else ADAMW_LEARNING_RATE
-    backbone.use_weighting_scheme(args.weighting_scheme, logit_mean=args.logit_mean, logit_std=args.logit_std, mode_scale=args.mode_scale)
+    backbone.configure(args)
     if args.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     resolution = args.resolution or backbone.default_resolution
