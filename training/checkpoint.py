@@ -6,10 +6,9 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Callable
 
 import torch
-
-from degu.pipelines.cae_file import DEFAULT_NAME, ContextAgnosticEmbeddings, save_cae
 
 _STATE = "training_state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -22,13 +21,16 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name).group(1)))
 
 
-def save_checkpoint(output_dir: Path, step: int, cae: ContextAgnosticEmbeddings, family: str, state: dict, limit: int | None) -> Path:
-    """Writes `checkpoint-<step>` under another name and renames it; then drops the oldest beyond `limit`."""
+def save_checkpoint(output_dir: Path, step: int, save: Callable[[Path], None], state: dict, limit: int | None) -> Path:
+    """Writes `checkpoint-<step>` under another name and renames it; then drops the oldest beyond `limit`.
+
+    `save` writes the result so far into a folder, `state` is what else it takes to continue.
+    """
     folder, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"{_UNFINISHED}{step}"
     for leftover in output_dir.glob(f"{_UNFINISHED}*"):  # of a run that was killed
         shutil.rmtree(leftover)
     unfinished.mkdir(parents=True)
-    save_cae(cae, unfinished / DEFAULT_NAME, family)
+    save(unfinished)
     torch.save(state, unfinished / _STATE)
     if folder.exists():
         shutil.rmtree(folder)

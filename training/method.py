@@ -1,0 +1,58 @@
+"""What a training script learns: the interface between the loop and the methods."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Iterator, Mapping
+
+import torch
+
+from degu.pipelines.streams import Condition
+from degu.training.latent_cache import Batch
+
+
+class Method(ABC):
+    """Something that is learned from pictures of one subject on a frozen backbone.
+
+    Attributes:
+        name: of the runs in a tracker.
+        file_name: of the result.
+        learned: its parameters that require gradients are what is trained, in float32 whatever the model's precision.
+        description: for the log.
+    """
+
+    name: str
+    file_name: str
+    learned: torch.nn.Module
+    description: str
+
+    def __init__(self, backbone, args) -> None:
+        self.backbone, self.args = backbone, args
+
+    @abstractmethod
+    def conditioned(self, examples: range) -> contextlib.AbstractContextManager[Condition]:
+        """While it lasts, the denoiser is conditioned as the examples of these numbers want it; yields what it is told.
+
+        The backward pass belongs inside: gradient checkpointing evaluates the denoiser a second time.
+        """
+
+    def loss(self, condition: Condition, batch: Batch) -> torch.Tensor:
+        """The model's own denoising loss; scalar."""
+        return self.backbone.loss(condition, batch)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What `learned.load_state_dict` needs to continue."""
+        return self.learned.state_dict()
+
+    @abstractmethod
+    def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
+        """Writes the result as it is now, in the form that pipelines load."""
+
+    @abstractmethod
+    def in_use(self, pipeline, prompt: str) -> contextlib.AbstractContextManager[str]:
+        """While it lasts, `pipeline` has what is learned so far loaded; yields the prompt to validate with."""
+
+    def write_model_card(self, folder: Path, metadata: Mapping[str, str], repository: str | None) -> None:
+        """Writes `README.md` beside the result."""
