@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import as_dict, noise, random_cae, tiny_stock, tiny_stock_3, tiny_stock_xl
 from peft import LoraConfig
+from PIL import Image
 from reference import reference_latents
+from safetensors.torch import load_file
 
 from degu.pipelines import StableDiffusion3DeGuPipeline, StableDiffusionDeGuPipeline, StableDiffusionXLDeGuPipeline
+from degu.training.arguments import parse_host_args
+from degu.training.backbones import load_backbone
+from degu.training.host_method import METHODS, TEMPLATES
+from degu.training.latent_cache import Batch
+from degu.training.train_host import main as train_host
 
 FAMILIES = {
     "sd": (tiny_stock, StableDiffusionDeGuPipeline, 16, "host_unet"),
@@ -132,3 +141,126 @@ def test_errors():
     pipe.unet.fuse_lora()
     with pytest.raises(ValueError, match="call `unfuse_lora"):
         latents_of(pipe, host_prompt="a dog", host_weights="host")
+
+
+# --- training them ---
+
+
+def host_flags(base, photos, output, method, **options) -> list[str]:
+    options = {
+        "method": method, "pretrained_model_name_or_path": base, "instance_data_dir": photos, "output_dir": output, "class_noun": "dog",
+        "max_train_steps": 4, "train_batch_size": 2, "report_to": "none", "augmentation_variants": 2,
+    } | options  # fmt: skip
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for family, (stock, *_) in FAMILIES.items():
+        folders[family] = tmp_path_factory.mktemp(family)
+        stock().save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (90, 70), colour).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("family, method", [("sd", "ti"), ("sdxl", "ti"), ("sd", "lora"), ("sdxl", "lora"), ("sd3", "lora"), ("sd", "dreambooth")])
+def test_stock_pipelines_load_what_is_trained(bases, photos, tmp_path, family, method):
+    """And see the subject in it: pictures change, by what was learned."""
+    options = {"max_sequence_length": 20, "optimizer": "adamw", "learning_rate": 1e-2} if family == "sd3" else {}
+    train_host(host_flags(bases[family], photos, tmp_path, method, resolution=64, num_tokens=2, **options))
+    stock = FAMILIES[family][0]()
+    before = stock_latents(stock, "a photo of sks dog")
+    after = before
+    if method == "ti":
+        stock.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors", token="<subject>") if family == "sd" else load_both(stock, tmp_path)
+        before = stock_latents(stock, "a dog")
+        after = stock_latents(stock, "a <subject>")
+        assert stock.tokenizer.convert_tokens_to_ids("<subject>_1") == len(stock.tokenizer) - 1, "two vectors"
+    elif method == "lora":
+        stock.load_lora_weights(tmp_path)
+        after = stock_latents(stock, "a photo of sks dog")
+    else:
+        stock.unet = type(stock.unet).from_pretrained(tmp_path / "unet")
+        after = stock_latents(stock, "a photo of sks dog")
+    assert torch.isfinite(after).all() and not torch.allclose(after, before, atol=1e-4)
+
+
+def load_both(stock, folder) -> None:
+    """As diffusers' documentation loads a textual inversion on SDXL."""
+    state = load_file(folder / "learned_embeds.safetensors")
+    stock.load_textual_inversion(state["clip_l"], token="<subject>", text_encoder=stock.text_encoder, tokenizer=stock.tokenizer)
+    stock.load_textual_inversion(state["clip_g"], token="<subject>", text_encoder=stock.text_encoder_2, tokenizer=stock.tokenizer_2)
+
+
+def stock_latents(pipe, prompt: str) -> torch.Tensor:
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    return pipe(prompt, num_inference_steps=2, output_type="latent", latents=noise(side=denoiser.config.sample_size)).images
+
+
+@pytest.mark.parametrize("method", ["ti", "lora", "dreambooth"])
+def test_losses_are_the_references(bases, photos, tmp_path, method):
+    """The plain denoising loss under the method's own prompt, with the new vectors where the placeholder stands."""
+    args = parse_host_args(host_flags(bases["sd"], photos, tmp_path, method, num_tokens=2), METHODS)
+    backbone = load_backbone(str(bases["sd"]), None, None, torch.float32, "cpu")
+    backbone.configure(args)
+    learner = METHODS[method](backbone, args)
+    stock = tiny_stock()
+    with torch.no_grad():
+        for parameter in learner.learned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        if method == "ti":
+            word = "<s0> <s1>"
+            stock.tokenizer.add_tokens(["<s0>", "<s1>"])
+            stock.text_encoder.resize_token_embeddings(len(stock.tokenizer))
+            stock.text_encoder.get_input_embeddings().weight[-2:] = learner.learned()["text_encoder"][0]
+            prompts = [TEMPLATES[np.random.default_rng((0, 3, e)).integers(len(TEMPLATES))].format(word) for e in (4, 5)]
+        else:
+            prompts = ["a photo of sks dog"] * 2
+            stock.unet = copy.deepcopy(backbone.denoiser)
+    batch = Batch(latents=noise(2), noise=noise(2, seed=9), timesteps=torch.tensor([100, 700]), masks=None, sizes=torch.zeros(2, 6))
+    with learner.conditioned(range(4, 6)) as condition:
+        loss = learner.loss(condition, batch)
+        loss.backward()
+    with torch.no_grad():
+        ids = stock.tokenizer(prompts, padding="max_length", max_length=32, return_tensors="pt").input_ids
+        noisy = stock.scheduler.add_noise(batch.latents * stock.vae.config.scaling_factor, batch.noise, batch.timesteps)
+        expected = (stock.unet(noisy, batch.timesteps, stock.text_encoder(ids)[0]).sample - batch.noise).square().mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert sum(float(p.grad.abs().sum()) for p in learner.learned.parameters() if p.requires_grad) > 0
+    untouched = [p for p in backbone.denoiser.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in untouched)
+    assert bool(untouched) == (method != "dreambooth")
+
+
+@pytest.mark.parametrize("method", ["ti", "lora", "dreambooth"])
+def test_a_resumed_run_equals_an_uninterrupted_one(bases, photos, tmp_path, method):
+    shared = {"resolution": 64, "checkpointing_steps": 2}
+    train_host(host_flags(bases["sd"], photos, tmp_path / "whole", method, **shared))
+    train_host(host_flags(bases["sd"], photos, tmp_path / "parts", method, **shared | {"max_train_steps": 2}))
+    train_host(host_flags(bases["sd"], photos, tmp_path / "parts", method, **shared, resume_from_checkpoint="latest"))
+    name = {"ti": "learned_embeds.safetensors", "lora": "pytorch_lora_weights.safetensors", "dreambooth": "unet/diffusion_pytorch_model.safetensors"}[method]
+    whole, parts = (load_file(tmp_path / run / name) for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_defaults_are_the_papers():
+    flags = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y", "--class_noun", "dog", "--method"]
+    found = {method: parse_host_args([*flags, method], METHODS) for method in METHODS}
+    assert (found["ti"].max_train_steps, found["ti"].train_batch_size, found["ti"].scale_lr) == (3000, 8, False)
+    assert (found["dreambooth"].max_train_steps, found["dreambooth"].train_batch_size) == (800, 1)
+    assert (found["lora"].max_train_steps, found["lora"].train_batch_size, found["lora"].rank) == (800, 4, 8)
+    assert (METHODS["ti"].learning_rate, METHODS["dreambooth"].learning_rate) == (5e-3, 5e-4)
+
+
+def test_textual_inversion_is_refused_on_sd3(bases, photos, tmp_path):
+    with pytest.raises(ValueError, match="use `--method lora` there"):
+        train_host(host_flags(bases["sd3"], photos, tmp_path, "ti"))

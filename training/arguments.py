@@ -4,21 +4,49 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Sequence
+from typing import TYPE_CHECKING, Mapping, Sequence
+
+if TYPE_CHECKING:
+    from degu.training.host_method import HostMethod
 
 ADAMW_LEARNING_RATE = 5e-4  # per example of the joint batch; chosen by the sweep in examples/
 PRODIGY_LEARNING_RATE = 1.0
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Learns a subject's context-agnostic embeddings (CAE) from a folder of pictures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Of `train_cae.py`."""
+    parser = _parser("Learns a subject's context-agnostic embeddings (CAE) from a folder of pictures.")
+    cae = parser.add_argument_group("embeddings")
+    cae.add_argument("--num_tokens", type=int, default=5)
+    cae.add_argument("--set_per", choices=("layer", "transformer"), default="transformer", help="SDXL: a set of embeddings for each of the U-Net's 11 transformers, or for each of the 70 cross-attention layers in them")
+    cae.add_argument("--no_layerwise", action="store_true", help="one set of embeddings for all cross-attention layers")
+    return _checked(parser, argv)
+
+
+def parse_host_args(argv: Sequence[str] | None, methods: Mapping[str, type[HostMethod]]) -> argparse.Namespace:
+    """Of `train_host.py`; what the method of `--method` has as its `defaults` is the default."""
+    parser = _parser("Trains a personalization method that DeGu can have as its host, from a folder of pictures.")
+    host = parser.add_argument_group("host")
+    host.add_argument("--method", choices=list(methods), required=True)
+    host.add_argument("--placeholder_token", default="<subject>", help="what stands for the subject in prompts, for methods that learn a token")
+    host.add_argument("--instance_prompt", default=None, help="for methods that learn weights; by default 'a photo of sks' and the class noun")
+    host.add_argument("--num_tokens", type=int, default=1, help="learned vectors, for methods that learn a token")
+    host.add_argument("--rank", type=int, default=8, help="of LoRA")
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--method", choices=list(methods))
+    method = first.parse_known_args(argv)[0].method
+    parser.set_defaults(scale_lr=False, set_per="transformer", **(methods[method].defaults if method else {}))
+    return _checked(parser, argv)
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    """What the scripts have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id or local folder of the base model")
     model.add_argument("--revision", default=None)
     model.add_argument("--variant", default=None, help="variant of the weight files, e.g. fp16")
+    model.add_argument("--max_sequence_length", type=int, default=None, help="length of T5's part of the sequence on SD 3, by default 256 as in the pipeline's call; shorter is faster")
 
     data = parser.add_argument_group("data")
     data.add_argument("--instance_data_dir", required=True, help="folder with the subject's pictures")
@@ -28,12 +56,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--center_crop", action="store_true", help="crop the centre instead of a random place")
     data.add_argument("--random_flip", action="store_true", help="mirror at random; not for subjects with writing on them")
     data.add_argument("--augmentation_variants", type=int, default=16, help="views of each picture that are encoded where crops or flips are random")
-
-    cae = parser.add_argument_group("embeddings")
-    cae.add_argument("--num_tokens", type=int, default=5)
-    cae.add_argument("--max_sequence_length", type=int, default=None, help="length of T5's part of the sequence on SD 3, by default 256 as in the pipeline's call; shorter is faster")
-    cae.add_argument("--set_per", choices=("layer", "transformer"), default="transformer", help="SDXL: a set of embeddings for each of the U-Net's 11 transformers, or for each of the 70 cross-attention layers in them")
-    cae.add_argument("--no_layerwise", action="store_true", help="one set of embeddings for all cross-attention layers")
 
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", default="cae", help="gets cae_embeddings.safetensors, checkpoints, logs and a model card")
@@ -71,6 +93,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     validation.add_argument("--validation_steps", type=int, default=100)
     validation.add_argument("--num_validation_images", type=int, default=4)
 
+    return parser
+
+
+def _checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("num_tokens", "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps",
                  "augmentation_variants", "validation_steps", "num_validation_images"):  # fmt: skip

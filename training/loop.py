@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Callable
 
 import accelerate
 import diffusers
@@ -17,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from huggingface_hub import create_repo, upload_folder
 from tqdm.auto import tqdm
 
-from degu.training.arguments import ADAMW_LEARNING_RATE, PRODIGY_LEARNING_RATE
+from degu.training.arguments import PRODIGY_LEARNING_RATE
 from degu.training.backbones import load_backbone
 from degu.training.checkpoint import find_checkpoint, load_state, save_checkpoint
 from degu.training.instance_images import is_augmented, load_instance_images
@@ -26,7 +25,7 @@ from degu.training.log import logger
 from degu.training.method import Method
 
 # What has to be as it was for a resumed run to equal an uninterrupted one.
-_RUN = ("method", "num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "seed",
+_RUN = ("method", "rank", "num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "seed",
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "set_per")  # fmt: skip
 
 
@@ -96,7 +95,7 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
-def train(args, new_method: Callable[..., Method]) -> None:
+def train(args, new_method: type[Method]) -> None:
     """Trains `new_method(backbone, args)` as the arguments say, and writes the result to `args.output_dir`."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     accelerator = Accelerator(
@@ -116,7 +115,7 @@ def train(args, new_method: Callable[..., Method]) -> None:
     backbone = load_backbone(args.pretrained_model_name_or_path, args.revision, args.variant, dtype, accelerator.device)
     args.optimizer = args.optimizer or backbone.default_optimizer
     if args.learning_rate is None:
-        args.learning_rate = PRODIGY_LEARNING_RATE if args.optimizer == "prodigy" else ADAMW_LEARNING_RATE
+        args.learning_rate = PRODIGY_LEARNING_RATE if args.optimizer == "prodigy" else new_method.learning_rate
     backbone.configure(args)
     if args.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
@@ -153,7 +152,7 @@ def train(args, new_method: Callable[..., Method]) -> None:
         changed = {name: (state["run"][name], value) for name, value in run.items() if state["run"][name] != value}
         if changed:
             raise ValueError(f"{resume} was trained with other settings (then, now): {changed}. Resume with the same, or start anew.")
-        learned.load_state_dict(state["learned"])
+        method.load_state_dict(state["learned"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step = state["step"]

@@ -20,11 +20,13 @@ class Method(ABC):
         name: of the runs in a tracker.
         file_name: of the result.
         learned: its parameters that require gradients are what is trained, in float32 whatever the model's precision.
+        learning_rate: the default with AdamW; with `--scale_lr`, per example of the joint batch.
         description: for the log.
     """
 
     name: str
     file_name: str
+    learning_rate: float
     learned: torch.nn.Module
     description: str
 
@@ -43,8 +45,11 @@ class Method(ABC):
         return self.backbone.loss(condition, batch)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What `learned.load_state_dict` needs to continue."""
+        """What `load_state_dict` needs to continue."""
         return self.learned.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.learned.load_state_dict(state)
 
     @abstractmethod
     def save(self, folder: Path, metadata: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from typing import Iterator, Mapping, Sequence
 
 from degu.pipelines.cae_file import DEFAULT_NAME, save_cae
 from degu.pipelines.streams import Condition
-from degu.training.arguments import parse_args
+from degu.training.arguments import ADAMW_LEARNING_RATE, parse_args
 from degu.training.embeddings import LearnedEmbeddings
 from degu.training.loop import train
 from degu.training.method import Method
@@ -23,6 +23,7 @@ class ContextAgnosticEmbeddingsMethod(Method):
     """N embeddings, by default for every layer, in a sequence without words (Eq. 4)."""
 
     name, file_name = "cae", DEFAULT_NAME
+    learning_rate = ADAMW_LEARNING_RATE
 
     def __init__(self, backbone, args) -> None:
         super().__init__(backbone, args)
