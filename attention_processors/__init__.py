@@ -1,10 +1,10 @@
-"""Attention processors that give the fidelity stream its own context and read its attention maps."""
+"""Attention processors that give a stream its own context in every layer and read its attention maps."""
 
 from degu.attention_processors.cross_attention import (
     AttentionMaps,
     CrossAttentionLayer,
-    FidelityAttnProcessor,
-    FidelityStream,
+    LayerwiseAttnProcessor,
+    LayerwiseStream,
     cross_attention_layers,
 )
 from degu.attention_processors.joint_attention import (
@@ -17,11 +17,11 @@ from degu.attention_processors.joint_attention import (
 __all__ = [
     "AttentionMaps",
     "CrossAttentionLayer",
-    "FidelityAttnProcessor",
-    "FidelityStream",
     "JointAttentionLayer",
     "JointFidelityAttnProcessor",
     "JointFidelityStream",
+    "LayerwiseAttnProcessor",
+    "LayerwiseStream",
     "cross_attention_layers",
     "joint_attention_layers",
 ]

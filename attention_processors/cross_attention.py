@@ -1,4 +1,4 @@
-"""The fidelity stream's part in a U-Net's cross-attention: its own context per layer, and the maps that masks come from."""
+"""A stream's part in a U-Net's cross-attention: its own context per layer, and the maps that masks come from."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class AttentionMaps:
 
 
 @dataclass
-class FidelityStream:
-    """The fidelity stream's rows in the batch that is being evaluated.
+class LayerwiseStream:
+    """The rows of a stream that sees something of its own in every layer, in the batch that is being evaluated.
 
     Attributes:
         rows: where they are.
-        contexts: the CAE as encoded for each layer, by layer name: (1, tokens, dim).
+        contexts: what each layer sees, by its name: (1, tokens, dim), or (n, tokens, dim), one for each row.
         maps: where the layers named in `captured` add their attention; None where no mask is wanted.
     """
 
@@ -79,11 +79,11 @@ class FidelityStream:
     contexts: Mapping[str, torch.Tensor]
     maps: AttentionMaps | None = None
     captured: frozenset[str] = frozenset()
-    _wrappers: dict[str, FidelityAttnProcessor] = field(default_factory=dict)
+    _wrappers: dict[str, LayerwiseAttnProcessor] = field(default_factory=dict)
 
-    def wrapper(self, layer: CrossAttentionLayer, processor) -> FidelityAttnProcessor:
+    def wrapper(self, layer: CrossAttentionLayer, processor) -> LayerwiseAttnProcessor:
         """What stands in for the layer's own processor."""
-        return FidelityAttnProcessor(processor, self, layer)
+        return LayerwiseAttnProcessor(processor, self, layer)
 
     @contextlib.contextmanager
     def attached(self, layers: list[CrossAttentionLayer]) -> Iterator[None]:
@@ -109,17 +109,17 @@ def _set_processor(attn: Attention, processor) -> None:
     (attn._modules if isinstance(processor, torch.nn.Module) else attn.__dict__)["processor"] = processor
 
 
-class FidelityAttnProcessor(torch.nn.Module):
+class LayerwiseAttnProcessor(torch.nn.Module):
     """Wraps whatever processor a cross-attention module has: stock, LoRA, IP-Adapter, xFormers, or a custom one.
 
-    All of the attention is left to the wrapped processor. This one replaces the context of the fidelity stream's rows by
-    the layer's own and, where asked to, reads the attention that those rows pay to one token.
+    All of the attention is left to the wrapped processor. This one replaces the context of the stream's rows by the layer's
+    own and, where asked to, reads the attention that those rows pay to one token.
 
     It is a module so that a wrapped processor with weights (IP-Adapter's) stays part of the model and follows it when it
     is moved to another device.
     """
 
-    def __init__(self, inner, stream: FidelityStream, layer: CrossAttentionLayer) -> None:
+    def __init__(self, inner, stream: LayerwiseStream, layer: CrossAttentionLayer) -> None:
         super().__init__()
         self.inner = inner
         self.stream = stream
@@ -134,7 +134,7 @@ class FidelityAttnProcessor(torch.nn.Module):
         stream, context = self.stream, self.stream.contexts[self.layer_name]
         text, *images = encoder_hidden_states if isinstance(encoder_hidden_states, tuple) else (encoder_hidden_states,)
         start, stop, _ = stream.rows.indices(len(text))
-        if stream.maps is not None and self.layer_name in stream.captured:
+        if stream.maps is not None and self.layer_name in stream.captured and start < stop:
             stream.maps.add(self.level, token_attention(attn, hidden_states[start:stop], context, stream.maps.positions))
         context = context.expand(stop - start, -1, -1)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.attention_processor import Attention
 
-from degu.attention_processors.cross_attention import FidelityAttnProcessor, FidelityStream
+from degu.attention_processors.cross_attention import LayerwiseAttnProcessor, LayerwiseStream
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def joint_attention_layers(transformer: torch.nn.Module) -> list[JointAttentionL
     return [JointAttentionLayer(f"transformer_blocks.{index}.attn", block.attn, index, level) for index, block in blocks]
 
 
-class JointFidelityStream(FidelityStream):
-    """`FidelityStream` where text flows through all blocks: the CAE comes in with the batch, so only maps are read here."""
+class JointFidelityStream(LayerwiseStream):
+    """`LayerwiseStream` where text flows through all blocks: the CAE comes in with the batch, so only maps are read here."""
 
     def wrapper(self, layer: JointAttentionLayer, processor) -> JointFidelityAttnProcessor:
         return JointFidelityAttnProcessor(processor, self, layer)
@@ -46,7 +46,7 @@ class JointFidelityStream(FidelityStream):
         return super().attached([layer for layer in layers if self.maps is not None and layer.name in self.captured])
 
 
-class JointFidelityAttnProcessor(FidelityAttnProcessor):
+class JointFidelityAttnProcessor(LayerwiseAttnProcessor):
     """Wraps whatever processor a joint attention has, leaves all of the attention to it, and reads one text token's row."""
 
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, *args, **kwargs):

@@ -29,6 +29,29 @@ def cae_sequence(tokenizer, num_tokens: int, length: int | None = None) -> tuple
     return torch.tensor(ids + [tokenizer.pad_token_id] * (length - len(ids))), slice(len(start), len(start) + num_tokens)
 
 
+def prompt_with_embeddings(prompt: str, placeholder: str) -> Sequencer:
+    """As `cae_sequence`, with the embeddings in the place of `placeholder` in `prompt`; what does not fit is cut off at the end.
+
+    Raises:
+        ValueError: the embeddings themselves do not fit.
+    """
+    before, after = prompt.split(placeholder, 1)
+
+    def sequence(tokenizer, num_tokens: int, length: int | None = None) -> tuple[torch.Tensor, slice]:
+        length = length or tokenizer.model_max_length
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        start += tokenizer(before, add_special_tokens=False).input_ids
+        if len(start) + num_tokens + 1 > length:
+            raise ValueError(f"{placeholder!r} with its {num_tokens} tokens does not fit into the {length} that the text encoder reads of {prompt!r}.")
+        stand_in, _ = cae_sequence(tokenizer, num_tokens)  # any ordinary token; never seen
+        positions = slice(len(start), len(start) + num_tokens)
+        ids = [*start, *stand_in[1 : num_tokens + 1].tolist(), *tokenizer(after, add_special_tokens=False).input_ids][: length - 1]
+        ids += [tokenizer.eos_token_id]
+        return torch.tensor(ids + [tokenizer.pad_token_id] * (length - len(ids))), positions
+
+    return sequence
+
+
 def encode_cae(text_encoder, tokenizer, embeddings: torch.Tensor, sequence: Sequencer = cae_sequence) -> torch.Tensor:
     """Encodes every layer's embeddings on their own, in a sequence with no word in it; differentiable in them.
 

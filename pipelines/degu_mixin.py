@@ -9,8 +9,8 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 
-from degu.attention_processors import CrossAttentionLayer, FidelityStream, JointAttentionLayer
-from degu.pipelines.cae_encoding import cae_sequence
+from degu.attention_processors import CrossAttentionLayer, LayerwiseStream, JointAttentionLayer
+from degu.pipelines.cae_encoding import Sequencer, cae_sequence, prompt_with_embeddings
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.pipelines.cae_loader import CaeLoaderMixin
 from degu.pipelines.families import Family
@@ -40,7 +40,6 @@ class DeGuMixin(CaeLoaderMixin, ABC):
 
     _degu_family: Family
     _output_class: type  # stock's output with a field `subject_masks`
-    _cae_sequence = staticmethod(cae_sequence)  # no word beside the embeddings
     _guided: GuidedDenoiser | None = None  # set for the length of a call
     _tcam: TcamConfig | None = None  # None: the family's
     _tcam_enabled = True
@@ -117,21 +116,26 @@ class DeGuMixin(CaeLoaderMixin, ABC):
         """The module that is evaluated at every step."""
 
     @abstractmethod
-    def _layers(self) -> list[CrossAttentionLayer] | list[JointAttentionLayer]:
-        """Where the denoiser attends to text."""
+    def _layers(self, denoiser: torch.nn.Module | None = None) -> list[CrossAttentionLayer] | list[JointAttentionLayer]:
+        """Where the denoiser, by default the pipeline's, attends to text."""
 
     @abstractmethod
     def _text_encoders(self) -> dict[str, tuple]:
         """(text encoder, its tokenizer) by component name."""
 
     @abstractmethod
-    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The embeddings of each text encoder, (layers, tokens, dim), as the denoiser takes them: the hidden states
-        (layers, length, hidden) and, in families that have it, the pooled embedding (1, dim)."""
+    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor], sequence: Sequencer = cae_sequence) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The embeddings of each text encoder, (layers, tokens, dim), in their sequence, as the denoiser takes them: the hidden
+        states (layers, length, hidden) and, in families that have it, the pooled embedding (1, dim)."""
 
     @abstractmethod
-    def _fidelity(self, masking: Masking | None, stock: dict[str, Any]) -> tuple[FidelityStream, Condition | None]:
-        """The active CAE, encoded: as every layer sees it, and what of it comes in with the batch."""
+    def _encode_subject(self, cae: ContextAgnosticEmbeddings, sequences: Sequence[Sequencer], stock: dict[str, Any]) -> tuple[Condition, dict]:
+        """A subject in each of several sequences: what comes in with the batch, a row for each of them, and what every layer sees
+        instead, by its name, where it differs from layer to layer."""
+
+    @abstractmethod
+    def _fidelity_stream(self, contexts: dict[str, torch.Tensor], masking: Masking | None) -> LayerwiseStream:
+        """The fidelity stream with these contexts, and with the layers that masks are read from."""
 
     @abstractmethod
     def _levels(self, config: TcamConfig) -> tuple[int, ...]:
@@ -198,19 +202,26 @@ class DeGuMixin(CaeLoaderMixin, ABC):
             prompts = _count(stock)
             images = prompts * (stock["num_images_per_prompt"] or 1)
             masking = self._masking(subject_mask, images, stock) if fidelity_scale != 0 else None
-            fidelity, subject = self._fidelity(masking, stock) if fidelity_scale != 0 else (None, None)
+            fidelity = subject = host_condition = host_stream = None
+            if fidelity_scale != 0:
+                subject, contexts = self._encode_subject(self.active_cae, [cae_sequence], stock)
+                fidelity = self._fidelity_stream(contexts, masking)
+            if host_scale != 0:
+                host_condition, host_stream = self._encode_host(host, weights, prompts, stock)
             self._guided = GuidedDenoiser(
                 self,
                 denoise=self._denoiser.forward,
                 layers=self._layers(),
                 fidelity=fidelity,
                 subject=subject,
-                host=self._encode_host(host, weights, prompts, stock) if host_scale != 0 else None,
+                host=host_condition,
                 fidelity_scale=fidelity_scale,
                 host_scale=host_scale,
                 masking=masking,
                 sliced=self._stream_slicing,
                 host_weights=weights,
+                host_stream=host_stream,
+                host_layers=self._layers(host_denoiser),
             )
             try:
                 with self._guided.installed(self._denoiser):
@@ -280,13 +291,24 @@ class DeGuMixin(CaeLoaderMixin, ABC):
         encoders = [encoder for encoder, _ in self._text_encoders().values()] if scope == "host" else []
         return HostWeights(denoiser, (self._denoiser, *encoders) if scope == "host" else ())
 
-    def _encode_host(self, host: Mapping[str, Any], weights: HostWeights, prompts: int, stock: dict[str, Any]) -> Condition:
-        """The host prompt as the pipeline itself encodes prompts, one row per image."""
+    def _encode_host(
+        self, host: Mapping[str, Any], weights: HostWeights, prompts: int, stock: dict[str, Any]
+    ) -> tuple[Condition, LayerwiseStream | None]:
+        """The host prompt as the pipeline itself encodes prompts, one row per image; or with the embeddings of a loaded adapter in
+        it, and then what every layer sees."""
+        repeats = stock["num_images_per_prompt"] or 1
+        named = self._adapter_in(host)
+        if named is not None:
+            texts = _one_per_prompt("prompt", host["prompt"], prompts)
+            sequences = [prompt_with_embeddings(text, f"<{named}>") for text in texts for _ in range(repeats)]
+            with weights.in_use(self._denoiser.forward):
+                condition, contexts = self._encode_subject(self._cae_adapters[named], sequences, stock)
+            return condition, LayerwiseStream(slice(0), contexts) if contexts else None
         with weights.in_use(self._denoiser.forward):
             encoded = self.encode_prompt(
                 **{name: None if value is None else _one_per_prompt(name, value, prompts) for name, value in host.items()},
                 device=self._execution_device,
-                num_images_per_prompt=stock["num_images_per_prompt"] or 1,
+                num_images_per_prompt=repeats,
                 do_classifier_free_guidance=False,
                 **self._encode_options(stock),
             )
@@ -296,7 +318,20 @@ class DeGuMixin(CaeLoaderMixin, ABC):
                 f"The host prompt's embeddings have {embeds.shape[1]} tokens, `prompt_embeds` has "
                 f"{stock['prompt_embeds'].shape[1]}; all streams are evaluated in one batch and need the same number."
             )
-        return Condition(embeds, pooled)
+        return Condition(embeds, pooled), None
+
+    def _adapter_in(self, host: Mapping[str, Any]) -> str | None:
+        """The loaded adapter that the host's prompts name, as `<name>`."""
+        texts = [host["prompt"]] if isinstance(host["prompt"], str) else host["prompt"] or []
+        found = [[name for name in self._cae_adapters if f"<{name}>" in text] for text in texts]
+        if not any(found):
+            return None
+        if any(names != found[0] or len(names) != 1 for names in found):
+            raise ValueError(f"All host prompts have to name one and the same adapter; these name {found}.")
+        others = [name for name, value in host.items() if name != "prompt" and value is not None]
+        if others:
+            raise ValueError(f"With the adapter {found[0][0]!r} in `host_prompt`, all text encoders read that prompt; leave {[f'host_{n}' for n in others]} out.")
+        return found[0][0]
 
 
 def _one_per_prompt(name: str, given, prompts: int):

@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from degu.attention_processors import AttentionMaps, CrossAttentionLayer, FidelityStream, JointAttentionLayer
+from degu.attention_processors import AttentionMaps, CrossAttentionLayer, LayerwiseStream, JointAttentionLayer
 from degu.pipelines.guidance import decoupled_guidance
 from degu.pipelines.host_weights import HostWeights
 from degu.pipelines.streams import Condition, map_batched
@@ -56,6 +56,8 @@ class GuidedDenoiser:
         masking: where the masks come from; None: no masks.
         sliced: evaluate the streams one after another instead of in one batch.
         host_weights: what of the model is the host's alone; None: nothing.
+        host_stream: what the host sees in each layer, where it differs from layer to layer.
+        host_layers: where the denoiser of the host's rows attends to text; None: `layers`.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class GuidedDenoiser:
         pipe,
         denoise: Callable[..., Any],
         layers: list[CrossAttentionLayer] | list[JointAttentionLayer],
-        fidelity: FidelityStream | None,
+        fidelity: LayerwiseStream | None,
         subject: Condition | None,
         host: Condition | None,
         fidelity_scale: float,
@@ -71,9 +73,12 @@ class GuidedDenoiser:
         masking: Masking | None,
         sliced: bool,
         host_weights: HostWeights | None = None,
+        host_stream: LayerwiseStream | None = None,
+        host_layers: list[CrossAttentionLayer] | list[JointAttentionLayer] | None = None,
     ) -> None:
         self.pipe, self.denoise, self.layers = pipe, denoise, layers
         self.fidelity, self.subject, self.host, self.host_weights = fidelity, subject, host, host_weights or HostWeights()
+        self.host_stream, self.host_layers = host_stream, layers if host_layers is None else host_layers
         self.fidelity_scale, self.host_scale = fidelity_scale, host_scale
         self.masking, self.sliced = masking, sliced
         self.step = 0
@@ -177,14 +182,12 @@ class GuidedDenoiser:
         predictions = {}
         for names in groups:
             halves = [positive if name == carrier else negative for name in names]
-            texts = {
-                "null": encoder_hidden_states[negative],
-                "editability": encoder_hidden_states[positive],
-                "fidelity": encoder_hidden_states[negative],  # in U-Nets replaced layer by layer
-                "host": self.host and self.host.embeds,
-            }
-            if self.subject is not None and self.subject.embeds is not None:
-                texts["fidelity"] = self.subject.embeds.expand(n, -1, -1)
+            texts = {"null": encoder_hidden_states[negative], "editability": encoder_hidden_states[positive]}
+            for name, condition in (("fidelity", self.subject), ("host", self.host)):
+                if condition is not None and condition.embeds is not None:
+                    texts[name] = condition.embeds.expand(n, -1, -1)
+                else:  # replaced layer by layer
+                    texts[name] = texts["null"]
             gathered = map_batched(kwargs, 2 * n, lambda x: torch.cat([x[half] for half in halves]))
             if "text_embeds" in (kwargs.get("added_cond_kwargs") or ()):
                 added = kwargs["added_cond_kwargs"]
@@ -200,6 +203,10 @@ class GuidedDenoiser:
                     first = names.index("fidelity") * n
                     self.fidelity.rows, self.fidelity.maps = slice(first, first + n), maps
                     stack.enter_context(self.fidelity.attached(self.layers))
+                if "host" in names and self.host_stream is not None:
+                    first = names.index("host") * n
+                    self.host_stream.rows = slice(first, first + n)
+                    stack.enter_context(self.host_stream.attached(self.host_layers if names == ["host"] else self.layers))
                 predicted = denoise(
                     torch.cat([sample[:n]] * len(names)),
                     encoder_hidden_states=torch.cat([texts[name] for name in names]),

@@ -7,7 +7,7 @@ from typing import Any, Mapping
 import torch
 from diffusers import StableDiffusionPipeline
 
-from degu.pipelines.cae_encoding import encode_cae
+from degu.pipelines.cae_encoding import Sequencer, cae_sequence, encode_cae
 from degu.pipelines.degu_mixin import extends
 from degu.pipelines.families import SD
 from degu.pipelines.output import StableDiffusionDeGuPipelineOutput
@@ -30,8 +30,8 @@ class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
     def _text_encoders(self) -> dict[str, tuple]:
         return {"text_encoder": (self.text_encoder, self.tokenizer)}
 
-    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, None]:
-        return encode_cae(self.text_encoder, self.tokenizer, embeddings["text_encoder"], self._cae_sequence), None
+    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor], sequence: Sequencer = cae_sequence) -> tuple[torch.Tensor, None]:
+        return encode_cae(self.text_encoder, self.tokenizer, embeddings["text_encoder"], sequence), None
 
     @extends(StableDiffusionPipeline.__call__)
     @torch.no_grad()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 from degu.attention_processors import JointAttentionLayer, JointFidelityStream, joint_attention_layers
-from degu.pipelines.cae_encoding import encode_cae_3
+from degu.pipelines.cae_encoding import Sequencer, cae_sequence, encode_cae_3
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.pipelines.degu_mixin import DeGuMixin, extends
 from degu.pipelines.families import SD3
@@ -47,8 +47,8 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
     def _unused_text_encoders(self) -> tuple[str, ...]:
         return ("text_encoder_3",) if self.text_encoder_3 is None else ()
 
-    def _layers(self) -> list[JointAttentionLayer]:
-        return joint_attention_layers(self.transformer)
+    def _layers(self, denoiser: torch.nn.Module | None = None) -> list[JointAttentionLayer]:
+        return joint_attention_layers(self.transformer if denoiser is None else denoiser)
 
     def _check_cae(self, cae: ContextAgnosticEmbeddings, source: str) -> None:
         sets = next(iter(cae.embeddings.values())).shape[0]
@@ -83,22 +83,28 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         lora_scale = (stock["joint_attention_kwargs"] or {}).get("scale")
         return {"clip_skip": stock["clip_skip"], "lora_scale": lora_scale, "max_sequence_length": stock["max_sequence_length"]}
 
-    def _fidelity(self, masking: Masking | None, stock: dict[str, Any]) -> tuple[JointFidelityStream, Condition]:
-        given = stock["prompt_embeds"]
+    def _encode_subject(
+        self, cae: ContextAgnosticEmbeddings, sequences: Sequence[Sequencer], stock: dict[str, Any]
+    ) -> tuple[Condition, dict[str, torch.Tensor]]:
+        given, device, dtype = stock["prompt_embeds"], self._execution_device, self.transformer.dtype
         length = stock["max_sequence_length"] if given is None else given.shape[1] - self.tokenizer_max_length
-        device, dtype = self._execution_device, self.transformer.dtype
-        embeds, pooled = self._encode_cae({name: rows.to(device) for name, rows in self.active_cae.embeddings.items()}, length)
-        captured: frozenset[str] = frozenset()
-        if masking is not None and masking.tcam is not None:
-            blocks = self._blocks(masking.tcam)
-            captured = frozenset(layer.name for layer in self._layers() if layer.index in blocks)
-        return JointFidelityStream(slice(0), {}, None, captured), Condition(embeds.to(device, dtype), pooled.to(device, dtype))
+        embeddings = {name: rows.to(device) for name, rows in cae.embeddings.items()}
+        encoded = [self._encode_cae(embeddings, sequence, length) for sequence in sequences]
+        embeds, pooled = (torch.cat(parts).to(device, dtype) for parts in zip(*encoded))
+        return Condition(embeds, pooled), {}
 
-    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor], t5_length: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fidelity_stream(self, contexts: dict[str, torch.Tensor], masking: Masking | None) -> JointFidelityStream:
+        blocks = self._blocks(masking.tcam) if masking is not None and masking.tcam is not None else ()
+        captured = frozenset(layer.name for layer in self._layers() if layer.index in blocks)
+        return JointFidelityStream(slice(0), contexts, None, captured)
+
+    def _encode_cae(
+        self, embeddings: Mapping[str, torch.Tensor], sequence: Sequencer = cae_sequence, t5_length: int = 256
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         clips = self._text_encoders()
         t5 = clips.pop("text_encoder_3", None)
         rows, dim = [embeddings[name] for name in clips], self.transformer.config.joint_attention_dim
-        return encode_cae_3(list(clips.values()), rows, t5, embeddings.get("text_encoder_3"), t5_length, dim, self._cae_sequence)
+        return encode_cae_3(list(clips.values()), rows, t5, embeddings.get("text_encoder_3"), t5_length, dim, sequence)
 
     @extends(StableDiffusion3Pipeline.__call__)
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any, Mapping
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from degu.pipelines.cae_encoding import encode_cae_xl
+from degu.pipelines.cae_encoding import Sequencer, cae_sequence, encode_cae_xl
 from degu.pipelines.degu_mixin import extends
 from degu.pipelines.families import SDXL
 from degu.pipelines.output import StableDiffusionXLDeGuPipelineOutput
@@ -34,9 +34,9 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
             raise ValueError("A CAE is encoded by both text encoders of SDXL, but this pipeline was loaded without one of them.")
         return {"text_encoder": (self.text_encoder, self.tokenizer), "text_encoder_2": (self.text_encoder_2, self.tokenizer_2)}
 
-    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_cae(self, embeddings: Mapping[str, torch.Tensor], sequence: Sequencer = cae_sequence) -> tuple[torch.Tensor, torch.Tensor]:
         encoders = self._text_encoders()
-        return encode_cae_xl(list(encoders.values()), [embeddings[name] for name in encoders], self._cae_sequence)
+        return encode_cae_xl(list(encoders.values()), [embeddings[name] for name in encoders], sequence)
 
     @extends(StableDiffusionXLPipeline.__call__)
     @torch.no_grad()

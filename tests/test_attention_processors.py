@@ -8,7 +8,7 @@ from conftest import DIM, noise, tiny_stock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from reference import RecordingAttention
 
-from degu.attention_processors import AttentionMaps, FidelityStream, cross_attention_layers
+from degu.attention_processors import AttentionMaps, LayerwiseStream, cross_attention_layers
 
 TEXTS = torch.randn(3, 32, DIM, generator=torch.Generator().manual_seed(0))
 
@@ -49,7 +49,7 @@ def test_only_the_fidelity_rows_change_and_as_they_should(stock, processor, toke
     plain = unet(sample, 10, TEXTS).sample
     captured = frozenset(layer.name for layer in layers if layer.decoder)
     maps = AttentionMaps(slice(2, 4))
-    with FidelityStream(slice(1, 2), own, maps, captured).attached(layers):
+    with LayerwiseStream(slice(1, 2), own, maps, captured).attached(layers):
         made = unet(sample, 10, TEXTS).sample
     torch.testing.assert_close(made[[0, 2]], plain[[0, 2]], rtol=1e-4, atol=1e-5)
     recorders = {layer.name: RecordingAttention(own[layer.name]) for layer in layers}
@@ -73,7 +73,7 @@ def test_keyword_arguments_reach_the_wrapped_processor(stock):
 
     stock.unet.set_attn_processor(Custom())
     layers = cross_attention_layers(stock.unet)
-    with FidelityStream(slice(0, 1), contexts(layers)).attached(layers):
+    with LayerwiseStream(slice(0, 1), contexts(layers)).attached(layers):
         stock.unet(noise(), 10, TEXTS[:1], cross_attention_kwargs={"loudness": 0.5})
     assert heard == [0.5] * 32
     assert all(type(p) is Custom for p in stock.unet.attn_processors.values())

@@ -11,10 +11,11 @@ import torch
 from conftest import as_dict, noise, random_cae, tiny_stock, tiny_stock_3, tiny_stock_xl
 from peft import LoraConfig
 from PIL import Image
-from reference import reference_latents
+from reference import RecordingAttention, reference_latents
 from safetensors.torch import load_file
 
 from degu.pipelines import StableDiffusion3DeGuPipeline, StableDiffusionDeGuPipeline, StableDiffusionXLDeGuPipeline
+from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.training.arguments import parse_host_args
 from degu.training.backbones import load_backbone
 from degu.training.host_method import METHODS, TEMPLATES
@@ -126,6 +127,81 @@ def test_text_encoders_adapters_act_in_the_host_stream_alone():
     pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     host = pipe.encode_prompt("a red dog", "cpu", 1, False)[0]
     close(latents_of(pipe, host_prompt="a red dog", host_weights="host"), latents_of(bare, host_prompt_embeds=host))
+
+
+# --- embeddings inside the host prompt (P+) ---
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_one_embedding_for_all_layers_is_a_textual_inversion(family, sliced):
+    pipe = loaded(family)
+    rows = {name: torch.randn(1, 2, encoder.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(3)) for name, (encoder, _) in pipe._text_encoders().items()}
+    for (encoder, tokenizer), row in zip(list(pipe._text_encoders().values()), rows.values()):
+        pipe.load_textual_inversion(row[0].clone(), token="<inverted>", text_encoder=encoder, tokenizer=tokenizer)
+    sets = len(pipe._layers())
+    pipe.load_cae_embeddings(as_dict(ContextAgnosticEmbeddings({name: row.expand(sets, -1, -1) for name, row in rows.items()})), adapter_name="own")
+    pipe.set_cae_adapter("default_0")
+    if sliced:
+        pipe.enable_stream_slicing()
+    close(latents_of(pipe, host_prompt="a <own> in the snow"), latents_of(pipe, host_prompt="a <inverted> in the snow"))
+
+
+def test_every_layer_sees_its_own_embedding_in_the_host_prompt():
+    """Against stock's text encoder with each layer's vectors as a token, and textbook attention."""
+    pipe = loaded("sd")
+    prompts, names = ["a <default_0> in the snow", "a red <default_0>"], [layer.name for layer in pipe._layers()]
+    made = pipe(
+        ["a dog"] * 2, host_prompt=prompts, guidance_scale=0.0, fidelity_guidance_scale=0.0, host_guidance_scale=1.0, num_inference_steps=1,
+        output_type="latent", latents=noise(2),
+    ).images  # fmt: skip
+    contexts, tokenizer, weight = [], pipe.tokenizer, pipe.text_encoder.get_input_embeddings().weight
+    tokens = pipe.active_cae.num_tokens
+    kept = weight.data.clone()
+    for row in pipe.active_cae.embeddings["text_encoder"]:
+        weight.data[200 : 200 + tokens] = row
+        ids = []
+        for prompt in prompts:
+            before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in prompt.split("<default_0>"))
+            ids.append([0, *before, *range(200, 200 + tokens), *after, 1] + [1] * 32)
+        with torch.no_grad():
+            contexts.append(pipe.text_encoder(torch.tensor([i[:32] for i in ids]))[0])
+        weight.data.copy_(kept)
+    recorders = {name: RecordingAttention(context) for name, context in zip(names, contexts, strict=True)}
+    own = {name: pipe.unet.get_submodule(name).processor for name in names}
+    for name, recorder in recorders.items():
+        pipe.unet.get_submodule(name).processor = recorder
+    pipe.scheduler.set_timesteps(1)
+    with torch.no_grad():
+        predicted = pipe.unet(noise(2), pipe.scheduler.timesteps[0], torch.zeros(2, 32, 32)).sample
+    close(made, pipe.scheduler.step(predicted, pipe.scheduler.timesteps[0], noise(2)).prev_sample)
+    for name, processor in own.items():
+        pipe.unet.get_submodule(name).processor = processor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_in_the_host_prompt_work_with_everything_else(family):
+    """Several images of several prompts equal single ones; with a denoiser of the host's own; other lengths of prompt embeddings."""
+    pipe = loaded(family)
+    side = pipe._denoiser.config.sample_size
+    shared = dict(num_inference_steps=2, output_type="latent", **{FAMILIES[family][3]: fine_tuned(pipe._denoiser)})
+    hosts, latents = ["a <default_0> in the snow", "a red <default_0>"], noise(4, side=side)
+    together = pipe(["a dog", "a cat"], host_prompt=hosts, num_images_per_prompt=2, latents=latents, **shared).images
+    for i, prompt in enumerate(["a dog", "a dog", "a cat", "a cat"]):
+        alone = pipe(prompt, host_prompt=hosts[i // 2], latents=latents[i : i + 1], **shared).images
+        close(alone[0], together[i])
+
+
+def test_errors_of_embeddings_in_the_host_prompt():
+    pipe = loaded("sdxl")
+    pipe.load_cae_embeddings(as_dict(random_cae(pipe)), adapter_name="cat")
+    for prompts in (["a <default_0>", "a dog"], ["a <default_0>", "a <cat>"], ["a <default_0> and a <cat>"] * 2):
+        with pytest.raises(ValueError, match="one and the same adapter"):
+            pipe(["a dog", "a dog"], host_prompt=prompts, num_inference_steps=1)
+    with pytest.raises(ValueError, match="leave .*host_prompt_2.* out"):
+        latents_of(pipe, host_prompt="a <cat>", host_prompt_2="a dog")
+    with pytest.raises(ValueError, match="'<cat>' with its 3 tokens does not fit into the 32"):
+        latents_of(pipe, host_prompt="dog " * 29 + "<cat>")
 
 
 def test_errors():
@@ -241,13 +317,48 @@ def test_losses_are_the_references(bases, photos, tmp_path, method):
     assert bool(untouched) == (method != "dreambooth")
 
 
-@pytest.mark.parametrize("method", ["ti", "lora", "dreambooth"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_loss_of_p_plus_is_textual_inversions_where_all_layers_agree(bases, photos, tmp_path, family):
+    """And every layer's vectors are learned."""
+    batch = Batch(latents=noise(2, 32), noise=noise(2, 32, seed=9), timesteps=torch.tensor([100, 700]), masks=None, sizes=torch.full((2, 6), 64.0))
+    losses = {}
+    for method in ("ti", "p_plus"):
+        args = parse_host_args(host_flags(bases[family], photos, tmp_path, method, num_tokens=2), METHODS)
+        backbone = load_backbone(str(bases[family]), None, None, torch.float32, "cpu")
+        backbone.configure(args)
+        learner = METHODS[method](backbone, args)
+        with torch.no_grad():
+            for name, rows in learner.learned().items():
+                rows.add_(torch.randn(1, *rows.shape[1:], generator=torch.Generator().manual_seed(len(name))))
+        with learner.conditioned(range(4, 6)) as condition:
+            losses[method] = learner.loss(condition, batch)
+            losses[method].backward()
+    torch.testing.assert_close(losses["p_plus"], losses["ti"], rtol=1e-4, atol=1e-5)
+    assert all(len(rows) > 1 and rows.grad.abs().amax((1, 2)).min() > 0 for rows in learner.learned().values())
+
+
+@pytest.mark.parametrize("method", ["p_plus", "ti", "lora", "dreambooth"])
+def test_validation_pictures(bases, photos, tmp_path, method):
+    prompt = "a <subject> in the snow" if method in ("ti", "p_plus") else "a photo of sks dog"
+    train_host(host_flags(bases["sd"], photos, tmp_path, method, resolution=64, max_train_steps=1, validation_prompt=prompt, num_validation_images=1))
+    assert (tmp_path / "validation" / "step-000001-0.png").is_file()
+
+
+def test_p_plus_loads_as_a_host(bases, photos, tmp_path):
+    train_host(host_flags(bases["sd"], photos, tmp_path, "p_plus", resolution=64))
+    pipe = loaded("sd")
+    pipe.load_cae_embeddings(tmp_path, adapter_name="my-dog")
+    pipe.set_cae_adapter("default_0")
+    assert not torch.allclose(latents_of(pipe, host_prompt="a <my-dog> in the snow"), latents_of(pipe, host_prompt="a dog in the snow"), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ti", "p_plus", "lora", "dreambooth"])
 def test_a_resumed_run_equals_an_uninterrupted_one(bases, photos, tmp_path, method):
     shared = {"resolution": 64, "checkpointing_steps": 2}
     train_host(host_flags(bases["sd"], photos, tmp_path / "whole", method, **shared))
     train_host(host_flags(bases["sd"], photos, tmp_path / "parts", method, **shared | {"max_train_steps": 2}))
     train_host(host_flags(bases["sd"], photos, tmp_path / "parts", method, **shared, resume_from_checkpoint="latest"))
-    name = {"ti": "learned_embeds.safetensors", "lora": "pytorch_lora_weights.safetensors", "dreambooth": "unet/diffusion_pytorch_model.safetensors"}[method]
+    name = {"ti": "learned_embeds.safetensors", "p_plus": "cae_embeddings.safetensors", "lora": "pytorch_lora_weights.safetensors", "dreambooth": "unet/diffusion_pytorch_model.safetensors"}[method]
     whole, parts = (load_file(tmp_path / run / name) for run in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
 
@@ -256,11 +367,13 @@ def test_defaults_are_the_papers():
     flags = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y", "--class_noun", "dog", "--method"]
     found = {method: parse_host_args([*flags, method], METHODS) for method in METHODS}
     assert (found["ti"].max_train_steps, found["ti"].train_batch_size, found["ti"].scale_lr) == (3000, 8, False)
+    assert (found["p_plus"].max_train_steps, found["p_plus"].train_batch_size, METHODS["p_plus"].learning_rate) == (500, 8, 1e-3)
     assert (found["dreambooth"].max_train_steps, found["dreambooth"].train_batch_size) == (800, 1)
     assert (found["lora"].max_train_steps, found["lora"].train_batch_size, found["lora"].rank) == (800, 4, 8)
     assert (METHODS["ti"].learning_rate, METHODS["dreambooth"].learning_rate) == (5e-3, 5e-4)
 
 
-def test_textual_inversion_is_refused_on_sd3(bases, photos, tmp_path):
-    with pytest.raises(ValueError, match="use `--method lora` there"):
-        train_host(host_flags(bases["sd3"], photos, tmp_path, "ti"))
+@pytest.mark.parametrize("method, message", [("ti", "use `--method lora` there"), ("p_plus", "SD 3 has no layers")])
+def test_methods_that_sd3_does_not_have_are_refused(bases, photos, tmp_path, method, message):
+    with pytest.raises(ValueError, match=message):
+        train_host(host_flags(bases["sd3"], photos, tmp_path, method))

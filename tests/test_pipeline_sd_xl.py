@@ -13,8 +13,9 @@ from conftest import DIM, DIM_2, TOKENS, as_dict, load_as_custom_pipeline, load_
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from reference import reference_latents, sdxl_conditions
 
-from degu.attention_processors import FidelityStream, cross_attention_layers
+from degu.attention_processors import LayerwiseStream, cross_attention_layers
 from degu.pipelines import StableDiffusionXLDeGuPipeline
+from degu.pipelines.cae_encoding import cae_sequence
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings, save_cae
 from degu.pipelines.families import SDXL
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
@@ -57,7 +58,8 @@ def test_signature_is_stocks_then_ours():
     stock = list(inspect.signature(StableDiffusionXLPipeline.__call__).parameters)
     assert [n for n in names if n in stock] == stock
     assert [n for n in names if n not in stock] == [
-        "fidelity_guidance_scale", "host_prompt", "host_prompt_2", "host_prompt_embeds", "host_pooled_prompt_embeds", "host_guidance_scale", "subject_mask",
+        "fidelity_guidance_scale", "host_prompt", "host_prompt_2", "host_prompt_embeds", "host_pooled_prompt_embeds", "host_guidance_scale",
+        "host_weights", "host_unet", "subject_mask",
     ]  # fmt: skip
 
 
@@ -97,7 +99,7 @@ def test_one_set_for_several_layers(loaded):
         ContextAgnosticEmbeddings({name: rows[of_layer] for name, rows in sets.items()}, tuple(names)),
     ):
         loaded._cae_adapters["default_0"] = cae
-        contexts.append(loaded._fidelity(None, {})[0].contexts)
+        contexts.append(loaded._encode_subject(loaded.active_cae, [cae_sequence], {})[1])
     assert list(contexts[0]) == list(contexts[1]) == names
     for name in names:
         torch.testing.assert_close(contexts[0][name], contexts[1][name])
@@ -240,7 +242,7 @@ def test_a_full_size_step():
         assert len(layers) == 70 and len({layer.name.split(".transformer_blocks.")[0] for layer in layers}) == 11
         contexts = {layer.name: torch.empty(1, 77, 2048) for layer in layers}
         captured = frozenset(layer.name for layer in layers if layer.decoder and layer.map_size((128, 128)) == (32, 32))
-        fidelity, subject = FidelityStream(slice(0), contexts, None, captured), Condition(None, torch.empty(1, 1280))
+        fidelity, subject = LayerwiseStream(slice(0), contexts, None, captured), Condition(None, torch.empty(1, 1280))
         host = Condition(torch.empty(2, 77, 2048), torch.empty(2, 1280))
         pipe = SimpleNamespace(guidance_scale=5.0, guidance_rescale=0.0, num_timesteps=1)
         masking = Masking(0.0, SDXL.tcam, slice(6, 7), (2,))

@@ -14,6 +14,8 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
+from degu.pipelines.cae_encoding import prompt_with_embeddings
+from degu.pipelines.cae_file import DEFAULT_NAME, save_cae
 from degu.pipelines.streams import Condition
 from degu.training.embeddings import LearnedEmbeddings
 from degu.training.method import Method
@@ -66,7 +68,7 @@ class TextualInversion(HostMethod):
 
     @contextlib.contextmanager
     def conditioned(self, examples: range) -> Iterator[Condition]:
-        templates = [TEMPLATES[np.random.default_rng((self.args.seed, 3, example)).integers(len(TEMPLATES))] for example in examples]
+        templates = _templates(self.args.seed, examples)
         hooks = [hook for encoder in self.backbone.text_encoders for hook in self._inserting(encoder)]
         try:
             condition = self.encoded([template.format(" ".join(self._words)) for template in templates])
@@ -98,13 +100,53 @@ class TextualInversion(HostMethod):
         save_file({names[name]: value.contiguous() for name, value in rows.items()}, folder / self.file_name, {**metadata, "token": self.args.placeholder_token})
 
     @contextlib.contextmanager
-    def in_use(self, pipeline, prompt: str) -> Iterator[str]:
+    def in_use(self, pipeline, prompt: str) -> Iterator[tuple[str, dict]]:
         hooks = [hook for encoder in self.backbone.text_encoders for hook in self._inserting(encoder)]
         try:
-            yield prompt.replace(self.args.placeholder_token, " ".join(self._words))
+            yield prompt.replace(self.args.placeholder_token, " ".join(self._words)), {}
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+class PPlus(HostMethod):
+    """A vector, or several, for a new token in every cross-attention layer (Voynov et al. 2023)."""
+
+    name, file_name = "p_plus", DEFAULT_NAME
+    defaults = dict(max_train_steps=500, train_batch_size=8)
+    learning_rate = 1e-3
+
+    def __init__(self, backbone, args) -> None:
+        super().__init__(backbone, args)
+        if backbone.family == "sd3":
+            raise ValueError("SD 3 has no layers that could each have a token of their own.")
+        self.learned = LearnedEmbeddings(backbone.initial_embeddings(args.class_noun), len(backbone.set_names), args.num_tokens)
+        self.description = f"{len(backbone.set_names)} x {args.num_tokens} vectors"
+
+    def conditioned(self, examples: range) -> contextlib.AbstractContextManager[Condition]:
+        sequences = [prompt_with_embeddings(template, "{}") for template in _templates(self.args.seed, examples)]
+        return self.backbone.conditioned_on(self.learned(), len(examples), sequences)
+
+    def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
+        """As `load_cae_embeddings` reads it, for a host prompt that names the adapter."""
+        save_cae(self.learned.snapshot(self.backbone.set_names, metadata), folder / self.file_name, self.backbone.family)
+
+    @contextlib.contextmanager
+    def in_use(self, pipeline, prompt: str) -> Iterator[tuple[str, dict]]:
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder), {})
+            pipeline.load_cae_embeddings(folder, adapter_name="validation")
+        try:
+            host = prompt.replace(self.args.placeholder_token, "<validation>")
+            scales = {"guidance_scale": 0.0, "fidelity_guidance_scale": 0.0, "host_guidance_scale": 7.5}
+            yield prompt.replace(self.args.placeholder_token, self.args.class_noun), {"host_prompt": host, **scales}
+        finally:
+            pipeline.unload_cae_embeddings("validation")
+
+
+def _templates(seed: int, examples: range) -> list[str]:
+    """Each example's template: a function of its number alone."""
+    return [TEMPLATES[np.random.default_rng((seed, 3, example)).integers(len(TEMPLATES))] for example in examples]
 
 
 class _WeightMethod(HostMethod):
@@ -123,8 +165,8 @@ class _WeightMethod(HostMethod):
         yield Condition(embeds.expand(len(examples), -1, -1), None if pooled is None else pooled.expand(len(examples), -1))
 
     @contextlib.contextmanager
-    def in_use(self, pipeline, prompt: str) -> Iterator[str]:
-        yield prompt
+    def in_use(self, pipeline, prompt: str) -> Iterator[tuple[str, dict]]:
+        yield prompt, {}
 
 
 class DreamBooth(_WeightMethod):
@@ -174,4 +216,4 @@ class LoRA(_WeightMethod):
             pipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(layers))
 
 
-METHODS: dict[str, type[HostMethod]] = {"ti": TextualInversion, "dreambooth": DreamBooth, "lora": LoRA}
+METHODS: dict[str, type[HostMethod]] = {"ti": TextualInversion, "p_plus": PPlus, "dreambooth": DreamBooth, "lora": LoRA}

@@ -73,8 +73,8 @@ def metadata_of(args, base_model: str, step: int, batch: int, learning_rate: flo
 def validate(args, accelerator: Accelerator, backbone, method: Method, step: int) -> None:
     """Pictures for `--validation_prompt` from the modules already in memory: to the trackers and to `validation/`."""
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
-    with method.in_use(backbone.pipeline, args.validation_prompt) as prompt:
-        images = backbone.pipeline([prompt] * args.num_validation_images, generator=generators, **backbone.call_options).images
+    with method.in_use(backbone.pipeline, args.validation_prompt) as (prompt, options):
+        images = backbone.pipeline([prompt] * args.num_validation_images, generator=generators, **backbone.call_options, **options).images
     folder = args.output_dir / "validation"
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):

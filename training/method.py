@@ -56,8 +56,8 @@ class Method(ABC):
         """Writes the result as it is now, in the form that pipelines load."""
 
     @abstractmethod
-    def in_use(self, pipeline, prompt: str) -> contextlib.AbstractContextManager[str]:
-        """While it lasts, `pipeline` has what is learned so far loaded; yields the prompt to validate with."""
+    def in_use(self, pipeline, prompt: str) -> contextlib.AbstractContextManager[tuple[str, dict]]:
+        """While it lasts, `pipeline` has what is learned so far loaded; yields what to call it with: the prompt, other arguments."""
 
     def write_model_card(self, folder: Path, metadata: Mapping[str, str], repository: str | None) -> None:
         """Writes `README.md` beside the result."""

@@ -46,7 +46,7 @@ class StableDiffusion3Backbone(StableDiffusionBackbone):
 
     @contextlib.contextmanager
     def conditioned_on(self, embeddings: dict[str, torch.Tensor], examples: int) -> Iterator[Condition]:
-        embeds, pooled = self.pipeline._encode_cae(embeddings, self.max_sequence_length)
+        embeds, pooled = self.pipeline._encode_cae(embeddings, t5_length=self.max_sequence_length)
         yield Condition(embeds.expand(examples, -1, -1), pooled.expand(examples, -1))
 
     def loss(self, condition: Condition, batch: Batch) -> torch.Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 from diffusers import DDPMScheduler
 
-from degu.attention_processors import FidelityStream
+from degu.attention_processors import LayerwiseStream
 from degu.pipelines import StableDiffusionDeGuPipeline
+from degu.pipelines.cae_encoding import Sequencer, cae_sequence
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings, rows_by_layer
 from degu.pipelines.streams import Condition
 from degu.training.embeddings import noun_embedding
@@ -77,19 +78,24 @@ class StableDiffusionBackbone:
         self.denoiser.train()  # U-Nets checkpoint only in training mode; there is no dropout in them
 
     @contextlib.contextmanager
-    def conditioned_on(self, embeddings: dict[str, torch.Tensor], examples: int) -> Iterator[Condition]:
-        """While it lasts, the denoiser sees the CAE sequence and nothing else, every layer its own.
+    def conditioned_on(
+        self, embeddings: dict[str, torch.Tensor], examples: int, sequences: Sequence[Sequencer] = (cae_sequence,)
+    ) -> Iterator[Condition]:
+        """While it lasts, the denoiser sees the embeddings in their sequence and nothing else, every layer its own.
 
         The backward pass belongs inside: gradient checkpointing evaluates the denoiser a second time.
+
+        Args:
+            sequences: one, or one for each of the `examples`.
 
         Yields:
             What to hand the denoiser for `examples` rows; its `embeds` are replaced in every layer.
         """
-        hidden, pooled = self.pipeline._encode_cae(embeddings)
-        rows = rows_by_layer(ContextAgnosticEmbeddings(embeddings, tuple(self.set_names)), self.layer_names)
-        contexts = {name: hidden[row : row + 1] for name, row in rows.items()}
-        with FidelityStream(slice(0, examples), contexts).attached(self.layers):
-            yield Condition(hidden.new_zeros(examples, *hidden.shape[1:]), None if pooled is None else pooled.expand(examples, -1))
+        sets = rows_by_layer(ContextAgnosticEmbeddings(embeddings, tuple(self.set_names)), self.layer_names)
+        contexts, pooled = self.pipeline._encode_layers(embeddings, sets, sequences)
+        any_context = contexts[self.layer_names[0]]
+        with LayerwiseStream(slice(0, examples), contexts).attached(self.layers):
+            yield Condition(any_context.new_zeros(examples, *any_context.shape[1:]), None if pooled is None else pooled.expand(examples, -1))
 
     def predict(self, noisy: torch.Tensor, condition: Condition, batch: Batch) -> torch.Tensor:
         """The denoiser's prediction for noisy latents, of their shape."""

@@ -38,12 +38,12 @@ class ContextAgnosticEmbeddingsMethod(Method):
         save_cae(self.learned.snapshot(self.backbone.set_names, metadata), folder / self.file_name, self.backbone.family)
 
     @contextlib.contextmanager
-    def in_use(self, pipeline, prompt: str) -> Iterator[str]:
+    def in_use(self, pipeline, prompt: str) -> Iterator[tuple[str, dict]]:
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder), {})
             pipeline.load_cae_embeddings(folder, adapter_name="validation")
         try:
-            yield prompt
+            yield prompt, {}
         finally:
             pipeline.unload_cae_embeddings("validation")
 
