@@ -247,7 +247,7 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family, method", [("sd", "ti"), ("sdxl", "ti"), ("sd", "lora"), ("sdxl", "lora"), ("sd3", "lora"), ("sd", "dreambooth")])
+@pytest.mark.parametrize("family, method", [("sd", "ti"), ("sdxl", "ti"), ("sd", "dti"), ("sd", "lora"), ("sdxl", "lora"), ("sd3", "lora"), ("sd", "dreambooth")])
 def test_stock_pipelines_load_what_is_trained(bases, photos, tmp_path, family, method):
     """And see the subject in it: pictures change, by what was learned."""
     options = {"max_sequence_length": 20, "optimizer": "adamw", "learning_rate": 1e-2} if family == "sd3" else {}
@@ -255,7 +255,7 @@ def test_stock_pipelines_load_what_is_trained(bases, photos, tmp_path, family, m
     stock = FAMILIES[family][0]()
     before = stock_latents(stock, "a photo of sks dog")
     after = before
-    if method == "ti":
+    if method in ("ti", "dti"):
         stock.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors", token="<subject>") if family == "sd" else load_both(stock, tmp_path)
         before = stock_latents(stock, "a dog")
         after = stock_latents(stock, "a <subject>")
@@ -281,7 +281,7 @@ def stock_latents(pipe, prompt: str) -> torch.Tensor:
     return pipe(prompt, num_inference_steps=2, output_type="latent", latents=noise(side=denoiser.config.sample_size)).images
 
 
-@pytest.mark.parametrize("method", ["ti", "lora", "dreambooth"])
+@pytest.mark.parametrize("method", ["ti", "dti", "lora", "dreambooth"])
 def test_losses_are_the_references(bases, photos, tmp_path, method):
     """The plain denoising loss under the method's own prompt, with the new vectors where the placeholder stands."""
     args = parse_host_args(host_flags(bases["sd"], photos, tmp_path, method, num_tokens=2), METHODS)
@@ -293,7 +293,7 @@ def test_losses_are_the_references(bases, photos, tmp_path, method):
         for parameter in learner.learned.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-        if method == "ti":
+        if method in ("ti", "dti"):
             word = "<s0> <s1>"
             stock.tokenizer.add_tokens(["<s0>", "<s1>"])
             stock.text_encoder.resize_token_embeddings(len(stock.tokenizer))
@@ -315,6 +315,13 @@ def test_losses_are_the_references(bases, photos, tmp_path, method):
     untouched = [p for p in backbone.denoiser.parameters() if not p.requires_grad]
     assert all(p.grad is None for p in untouched)
     assert bool(untouched) == (method != "dreambooth")
+
+
+def test_directional_inversion_keeps_the_vocabularys_length(bases, photos, tmp_path):
+    train_host(host_flags(bases["sd"], photos, tmp_path, "dti", resolution=64, num_tokens=2))
+    vectors = load_file(tmp_path / "learned_embeds.safetensors")["<subject>"]
+    words = tiny_stock().text_encoder.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(vectors.norm(dim=1), words.norm(dim=1).mean().expand(2))
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -367,6 +374,7 @@ def test_defaults_are_the_papers():
     flags = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y", "--class_noun", "dog", "--method"]
     found = {method: parse_host_args([*flags, method], METHODS) for method in METHODS}
     assert (found["ti"].max_train_steps, found["ti"].train_batch_size, found["ti"].scale_lr) == (3000, 8, False)
+    assert (found["dti"].max_train_steps, found["dti"].train_batch_size, METHODS["dti"].learning_rate) == (800, 4, 1e-2)
     assert (found["p_plus"].max_train_steps, found["p_plus"].train_batch_size, METHODS["p_plus"].learning_rate) == (500, 8, 1e-3)
     assert (found["dreambooth"].max_train_steps, found["dreambooth"].train_batch_size) == (800, 1)
     assert (found["lora"].max_train_steps, found["lora"].train_batch_size, found["lora"].rank) == (800, 4, 8)

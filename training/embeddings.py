@@ -33,6 +33,21 @@ class LearnedEmbeddings(torch.nn.Module):
         return ContextAgnosticEmbeddings(rows, tuple(layer_names) if layers > 1 else (), metadata)
 
 
+class LearnedDirections(LearnedEmbeddings):
+    """`LearnedEmbeddings` of which only the direction is learned.
+
+    Args:
+        lengths: by text encoder.
+    """
+
+    def __init__(self, initial: dict[str, torch.Tensor], layers: int, num_tokens: int, lengths: dict[str, float]) -> None:
+        super().__init__(initial, layers, num_tokens)
+        self.lengths = lengths
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        return {name: torch.nn.functional.normalize(rows, dim=-1) * self.lengths[name] for name, rows in self.rows.items()}
+
+
 @torch.no_grad()
 def noun_embedding(text_encoder, tokenizer, noun: str) -> torch.Tensor:
     """The embedding (dim,) of the class noun: its token's, or the mean where it is written with several.

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from degu.pipelines.cae_encoding import prompt_with_embeddings
 from degu.pipelines.cae_file import DEFAULT_NAME, save_cae
 from degu.pipelines.streams import Condition
-from degu.training.embeddings import LearnedEmbeddings
+from degu.training.embeddings import LearnedDirections, LearnedEmbeddings
 from degu.training.method import Method
 
 # Textual inversion's templates for objects; {} is the placeholder.
@@ -60,11 +60,14 @@ class TextualInversion(HostMethod):
         super().__init__(backbone, args)
         if backbone.family == "sd3":
             raise ValueError("diffusers loads textual inversions on Stable Diffusion and SDXL, not on SD 3: use `--method lora` there.")
-        self.learned = LearnedEmbeddings(backbone.initial_embeddings(args.class_noun), 1, args.num_tokens)
+        self.learned = self.new_vectors()
         self.description = f"{args.num_tokens} vectors"
         self._words = [f"<learned-{i}>" for i in range(args.num_tokens)]
         for _, tokenizer in backbone.text_encoders.values():
             tokenizer.add_tokens(self._words)  # this process's own tokenizers; nothing of them is saved
+
+    def new_vectors(self) -> LearnedEmbeddings:
+        return LearnedEmbeddings(self.backbone.initial_embeddings(self.args.class_noun), 1, self.args.num_tokens)
 
     @contextlib.contextmanager
     def conditioned(self, examples: range) -> Iterator[Condition]:
@@ -107,6 +110,18 @@ class TextualInversion(HostMethod):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+class DirectionalTextualInversion(TextualInversion):
+    """Textual inversion that learns the vectors' directions; their lengths stay the vocabulary's mean (DTI, 2026; without its prior)."""
+
+    name = "directional_textual_inversion"
+    defaults = dict(max_train_steps=800, train_batch_size=4)
+    learning_rate = 1e-2
+
+    def new_vectors(self) -> LearnedDirections:
+        lengths = {name: float(encoder.get_input_embeddings().weight.float().norm(dim=1).mean()) for name, (encoder, _) in self.backbone.text_encoders.items()}
+        return LearnedDirections(self.backbone.initial_embeddings(self.args.class_noun), 1, self.args.num_tokens, lengths)
 
 
 class PPlus(HostMethod):
@@ -216,4 +231,4 @@ class LoRA(_WeightMethod):
             pipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(layers))
 
 
-METHODS: dict[str, type[HostMethod]] = {"ti": TextualInversion, "p_plus": PPlus, "dreambooth": DreamBooth, "lora": LoRA}
+METHODS: dict[str, type[HostMethod]] = {"ti": TextualInversion, "dti": DirectionalTextualInversion, "p_plus": PPlus, "dreambooth": DreamBooth, "lora": LoRA}
