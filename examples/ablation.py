@@ -1,6 +1,7 @@
-"""The paper's ablation on the shipped model: the class noun, the CAE inside the prompt, DGM, and DGM with TCAM (DeGu).
+"""The paper's ablation on a shipped model: the class noun, the CAE inside the prompt, DGM, and DGM with TCAM (DeGu).
 
-python examples/ablation.py
+python examples/ablation.py                       on the small Stable Diffusion; --family sdxl or sd3 for the others
+python examples/ablation.py --tokens              DeGu with masks from each of the tokens instead
 
 Subjects that neither the model nor the sweep has seen, each in scenes that its references do not show. The oracle reads the
 pictures back (`toyworld/scores.py` says how); the masks of the last step are compared with the oracle's idea of the subject's
@@ -12,66 +13,78 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
+import torch
 from diffusers.utils import logging as diffusers_logging
-from quickstart import MODEL, STEPS, TRAIN_STEPS, caption_text, compared, starting_noise
+from quickstart import caption_text, compared
+from shipped import SHIPPED, ShippedModel, starting_noise
 from sweep import trained
-from toyworld.attributes import SCENES
 from toyworld.oracle import Oracle
-from toyworld.references import reference_pictures, rendered, subject_of
+from toyworld.references import new_scenes, reference_pictures, rendered, subject_of
 from toyworld.scores import iou, scores, table
-from unified import UnifiedPromptPipeline
-
-from degu.pipelines import StableDiffusionDeGuPipeline
 
 COLUMNS = ("class noun", "CAE in the prompt", "DGM", "DGM + TCAM")
+TOKENS = ("sot", "eot", "subject")
 
 
-def scored_columns(pipe, unified, oracle: Oracle, subject: int, cae: Path, scenes: int, seeds: int) -> tuple[dict[str, dict[str, float]], float]:
-    """Scores by column, and the masks' mean IoU with the oracle's region."""
-    pictures, identity = reference_pictures(subject), subject_of(subject)
-    unused = [scene for scene in SCENES if scene not in {p.scene for p in pictures}][:scenes]
-    fields = [{"kind": identity.kind, "scene": scene} for scene in unused] * seeds
-    prompts, latents = [caption_text(f) for f in fields], starting_noise(pipe, len(fields), seed=subject)
-    for p in (pipe, unified):
-        p.load_cae_embeddings(cae, adapter_name="subject")
-    made, masks = compared(pipe, unified, prompts, identity.kind, num_inference_steps=STEPS, latents=latents)
-    for p in (pipe, unified):
-        p.unload_cae_embeddings("subject")
-    references = rendered(pictures)
-    columns = {name: scores(oracle, images, identity, references, fields) for name, images in zip(COLUMNS, made)}
-    return columns, float(iou(masks > 0.5, oracle.read(made[-1]).region > 0).mean())
+def components(model: ShippedModel, pipe, prompts: list[str], noun: str, seed: int) -> Iterator[tuple[str, list, torch.Tensor | None]]:
+    """Name, pictures and last masks by what DeGu is made of."""
+    made, masks = compared(model, pipe, prompts, noun, seed)
+    yield from zip(COLUMNS, made, (None, None, None, masks))
+
+
+def tokens(model: ShippedModel, pipe, prompts: list[str], noun: str, seed: int) -> Iterator[tuple[str, list, torch.Tensor | None]]:
+    """Name, pictures and last masks by the token that masks are read from."""
+    shared = dict(num_inference_steps=model.steps, latents=starting_noise(pipe, len(prompts), seed), **model.call_options)
+    for token in TOKENS:
+        pipe.enable_tcam(**model.tcam | {"token": token})
+        output = pipe(prompts, guidance_scale=model.guidance_scale, **shared)
+        yield f"[{token.upper()}]", output.images, output.subject_masks
+
+
+def scored(ways, model: ShippedModel, pipe, oracle: Oracle, subject: int, scenes: int, seeds: int) -> dict[str, dict[str, float]]:
+    """Scores by name of the way; `mask IoU` is the last masks' mean IoU with the oracle's region."""
+    identity, references, fields = subject_of(subject), rendered(reference_pictures(subject)), new_scenes(subject, scenes) * seeds
+    rows = {}
+    for name, images, masks in ways(model, pipe, [caption_text(f) for f in fields], identity.kind, subject):
+        row = scores(oracle, images, identity, references, fields)
+        del row["accessory"]
+        row["mask IoU"] = np.nan if masks is None else float(iou(masks > 0.5, oracle.read(images).region > 0).mean())
+        rows[name] = row
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=list(SHIPPED), default="sd", help="which of the small models")
+    parser.add_argument("--tokens", action="store_true", help="compare the tokens that masks are read from")
     parser.add_argument("--subjects", type=int, nargs="+", default=range(10, 18), help="seeds of the rendered subjects")
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=2, help="pictures per subject and scene")
-    parser.add_argument("--train_steps", type=int, default=TRAIN_STEPS)
+    parser.add_argument("--train_steps", type=int, default=None, help="by default what suits the model")
     parser.add_argument("--work_dir", type=Path, default=None, help="keeps the trained embeddings, to continue from; by default a temporary folder")
     args = parser.parse_args()
     diffusers_logging.set_verbosity_error()
-    pipe, oracle = StableDiffusionDeGuPipeline.from_pretrained(MODEL), Oracle.load()
-    unified = UnifiedPromptPipeline.from_pipe(pipe)
-    for p in (pipe, unified):
-        p.set_progress_bar_config(disable=True)
+    model, oracle = SHIPPED[args.family], Oracle.load()
+    pipe = model.load()
     collected: dict[str, list[dict[str, float]]] = {}
-    overlaps = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work_dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for subject in args.subjects:
-            columns, overlap = scored_columns(pipe, unified, oracle, subject, trained(subject, folder, args.train_steps), args.scenes, args.seeds)
-            overlaps.append(overlap)
-            for name, row in columns.items():
-                collected.setdefault(name, []).append({k: v for k, v in row.items() if k != "accessory"})
+            pipe.load_cae_embeddings(trained(model, subject, folder, args.train_steps), adapter_name="subject")
+            rows = scored(tokens if args.tokens else components, model, pipe, oracle, subject, args.scenes, args.seeds)
+            pipe.unload_cae_embeddings("subject")
             identity = subject_of(subject)
-            print(f"{subject} ({identity.colour.name} {identity.kind}, {identity.second_colour.name} {identity.pattern}): mask IoU {overlap:.2f};",
-                  ", ".join(f"{name} {row['fidelity']:.2f}/{row['editability']:.2f}" for name, row in columns.items()), flush=True)  # fmt: skip
+            print(f"{subject} ({identity.colour.name} {identity.kind}, {identity.second_colour.name} {identity.pattern}):",
+                  ", ".join(f"{name} {row['fidelity']:.2f}/{row['editability']:.2f}" for name, row in rows.items()),
+                  f"mask IoU {row['mask IoU']:.2f}" if (row := rows.get(COLUMNS[-1])) else "", flush=True)  # fmt: skip
+            for name, row in rows.items():
+                collected.setdefault(name, []).append(row)
     print(table({name: {k: float(np.mean([row[k] for row in rows])) for k in rows[0]} for name, rows in collected.items()}))
-    print(f"Subjects: {len(overlaps)}; scenes: {args.scenes}; pictures of each: {args.seeds}; mean IoU of the last masks with the oracle's region: {np.mean(overlaps):.2f}")
+    print(f"Subjects: {len(args.subjects)}; scenes: {args.scenes}; pictures of each: {args.seeds}")
 
 
 if __name__ == "__main__":

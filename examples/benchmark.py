@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from diffusers import UNet2DConditionModel
+from shipped import SHIPPED
 
-from degu.attention_processors import FidelityStream, cross_attention_layers
+from degu.attention_processors import LayerwiseStream, cross_attention_layers
 from degu.pipelines.families import SD
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
 
-MODEL = Path(__file__).parent / "toyworld" / "models" / "sd"
 
 
 def full_size_unet() -> UNet2DConditionModel:
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     args = parser.parse_args()
     dtype = torch.float16 if args.device != "cpu" else torch.float32
-    unet = full_size_unet() if args.full_size else UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet", dtype=torch.float32)
+    unet = full_size_unet() if args.full_size else UNet2DConditionModel.from_pretrained(SHIPPED["sd"].folder, subfolder="unet", dtype=torch.float32)
     unet = unet.to(args.device, dtype).eval()
     n, side, layers = args.images, unet.config.sample_size, cross_attention_layers(unet)
     tokens = 77 if args.full_size else 32
@@ -57,7 +56,7 @@ def main() -> None:
     levels = tuple(levels[:2] if args.resolutions is None else [level for level in levels if 2.0**-level in args.resolutions])
     pipe = SimpleNamespace(guidance_scale=7.5, guidance_rescale=0.0, num_timesteps=1)
     captured = frozenset(layer.name for layer in layers if layer.decoder and layer.level in levels)
-    fidelity, masking = FidelityStream(slice(0), contexts, None, captured), Masking(0.0, SD.tcam, slice(0, 1), levels)
+    fidelity, masking = LayerwiseStream(slice(0), contexts, None, captured), Masking(0.0, SD.tcam, slice(0, 1), levels)
     guided = GuidedDenoiser(pipe, unet.forward, layers, fidelity, None, None, 2.0, 0.0, masking, sliced=False)
     sample, rows, three = torch.cat([latents] * 2), torch.cat([latents] * 3), torch.cat([texts, texts[:n]])
 

@@ -2,6 +2,7 @@
 
 python examples/quickstart.py                       a rendered subject that the model has never seen
 python examples/quickstart.py --subject 12          another one
+python examples/quickstart.py --family sdxl         on the small model of another family: sd, sdxl, or sd3
 python examples/quickstart.py --images DIR --class_noun dog     your own pictures (the model knows a toy world only)
 
 Writes `comparison.png`, `guidance.png` and the trained CAE to --output_dir, and prints the oracle's scores.
@@ -18,21 +19,14 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from grid import enlarged, grid, outlined
 from PIL import Image
+from shipped import SHIPPED, ShippedModel, starting_noise
 from toyworld.captions import prompt
 from toyworld.oracle import Oracle
 from toyworld.references import reference_pictures, rendered, subject_of
 from toyworld.scores import scores, table
-from unified import UnifiedPromptPipeline
 
-from degu.pipelines import StableDiffusionDeGuPipeline
 from degu.training.instance_images import load_instance_images, training_view
 from degu.training.train_cae import main as train_cae
-
-MODEL = Path(__file__).parent / "toyworld" / "models" / "sd"
-GUIDANCE = 4.0  # suits a model this small; SD's 7.5 is too much for it
-STEPS = 30
-RESOLUTIONS = (1,)  # masks from the 16x16 maps, as large as the latents here; the 8x8 ones are too coarse (sweep.md)
-TRAIN_STEPS = 400
 
 
 def captions_for(noun: str, used_scenes: set[str]) -> list[dict[str, str]]:
@@ -46,37 +40,37 @@ def caption_text(fields: dict[str, str]) -> str:
     return prompt(fields["kind"], **{name: value for name, value in fields.items() if name != "kind"})
 
 
-def starting_noise(pipe, count: int, seed: int) -> torch.Tensor:
-    """The same starting latents for every column, (count, channels, h, w)."""
-    side = pipe.unet.config.sample_size
-    return torch.randn(count, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(seed))
+def compared(model: ShippedModel, pipe, prompts: list[str], noun: str, seed: int) -> tuple[list[list], torch.Tensor]:
+    """Pictures of `prompts` by the stock prompt, the CAE inside the prompt, DGM, and DGM with TCAM; and TCAM's last masks.
 
-
-def compared(pipe, unified, prompts: list[str], noun: str, **shared) -> tuple[list[list], torch.Tensor]:
-    """Pictures of `prompts` by the stock prompt, the CAE inside the prompt, DGM, and DGM with TCAM; and TCAM's last masks."""
-    stock = pipe(prompts, guidance_scale=GUIDANCE, fidelity_guidance_scale=0.0, **shared).images
-    inside = unified.generate(prompts, noun, GUIDANCE, **shared)
+    `pipe` has a CAE loaded. Inside the prompt it stands where the class noun was, and is the only stream beside the null one, so that
+    this is stock's guidance on "a V_1 ... V_N in the snow". Prompt by prompt, all start from the same noise.
+    """
+    shared = dict(num_inference_steps=model.steps, latents=starting_noise(pipe, len(prompts), seed), **model.call_options)
+    stock = pipe(prompts, guidance_scale=model.guidance_scale, fidelity_guidance_scale=0.0, **shared).images
+    unified = {"host_prompt": [prompt.replace(noun, f"<{pipe.get_active_cae_adapter()}>", 1) for prompt in prompts], "host_guidance_scale": model.guidance_scale}
+    inside = pipe(prompts, guidance_scale=0.0, fidelity_guidance_scale=0.0, **unified, **shared).images
     pipe.disable_tcam()
-    dgm = pipe(prompts, guidance_scale=GUIDANCE, **shared).images
-    pipe.enable_tcam(resolutions=RESOLUTIONS)
-    tcam = pipe(prompts, guidance_scale=GUIDANCE, **shared)
+    dgm = pipe(prompts, guidance_scale=model.guidance_scale, **shared).images
+    pipe.enable_tcam(**model.tcam)
+    tcam = pipe(prompts, guidance_scale=model.guidance_scale, **shared)
     return [stock, inside, dgm, tcam.images], tcam.subject_masks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=list(SHIPPED), default="sd", help="which of the small models")
     parser.add_argument("--subject", type=int, default=4, help="seed of the rendered subject")
     parser.add_argument("--images", type=Path, default=None, help="folder with pictures of your own subject")
     parser.add_argument("--class_noun", default=None, help="its class; needed with --images")
-    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--output_dir", type=Path, default=Path("output") / "quickstart")
-    parser.add_argument("--train_steps", type=int, default=TRAIN_STEPS)
+    parser.add_argument("--train_steps", type=int, default=None, help="by default what suits the model")
     parser.add_argument("--samples", type=int, default=4, help="pictures per prompt and column that are scored")
     args = parser.parse_args()
     if args.images is not None and args.class_noun is None:
         parser.error("--images needs --class_noun, e.g. --class_noun dog")
     diffusers_logging.set_verbosity_error()
-    started = time.time()
+    started, model = time.time(), SHIPPED[args.family]
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     # 1. The references.
@@ -95,21 +89,18 @@ def main() -> None:
 
     # 2. The embeddings.
     train_cae([
-        "--pretrained_model_name_or_path", str(args.model), "--instance_data_dir", str(folder), "--class_noun", noun,
-        "--output_dir", str(args.output_dir / "cae"), "--max_train_steps", str(args.train_steps), "--report_to", "none",
+        "--pretrained_model_name_or_path", str(model.folder), "--instance_data_dir", str(folder), "--class_noun", noun,
+        "--output_dir", str(args.output_dir / "cae"), "--max_train_steps", str(args.train_steps or model.train_steps), "--report_to", "none", *model.train_options,
     ])  # fmt: skip
     trained = time.time()
 
     # 3. The same prompts and starting noise in every column.
-    pipe = StableDiffusionDeGuPipeline.from_pretrained(args.model)
-    unified = UnifiedPromptPipeline.from_pipe(pipe)
-    for p in (pipe, unified):
-        p.set_progress_bar_config(disable=True)
-        p.load_cae_embeddings(args.output_dir / "cae")
+    pipe = model.load()
+    pipe.load_cae_embeddings(args.output_dir / "cae", adapter_name="subject")
     captions = captions_for(noun, used_scenes)
     fields = [c for c in captions for _ in range(args.samples)]
-    prompts, latents = [caption_text(c) for c in fields], starting_noise(pipe, len(fields), seed=0)
-    columns, masks = compared(pipe, unified, prompts, noun, num_inference_steps=STEPS, latents=latents)
+    prompts = [caption_text(c) for c in fields]
+    columns, masks = compared(model, pipe, prompts, noun, seed=0)
     made = dict(zip(("stock prompt", "CAE in the prompt", "DGM", "DeGu"), columns))
 
     rows = []
@@ -121,10 +112,9 @@ def main() -> None:
 
     # 4. The two sliders.
     scales_f, scales_e = (0.0, 1.0, 2.0, 4.0, 6.0), (1.0, 2.0, 4.0, 6.0)
-    noise = starting_noise(pipe, 1, seed=1)
+    shared = dict(num_inference_steps=model.steps, latents=starting_noise(pipe, 1, seed=1), **model.call_options)
     sweep = [
-        [enlarged(pipe(prompts[0], guidance_scale=e, fidelity_guidance_scale=f, num_inference_steps=STEPS, latents=noise).images[0]) for f in scales_f]
-        for e in scales_e
+        [enlarged(pipe(prompts[0], guidance_scale=e, fidelity_guidance_scale=f, **shared).images[0]) for f in scales_f] for e in scales_e
     ]
     grid(sweep, [f"w_f = {f:g}" for f in scales_f], [f"w_e = {e:g}" for e in scales_e]).save(args.output_dir / "guidance.png")
 

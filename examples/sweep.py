@@ -1,9 +1,10 @@
-"""Where this project's own defaults come from: sweeps on the shipped model, written to sweep.md.
+"""Where this project's own defaults come from: sweeps on the shipped models, written to sweep.md, sweep_sdxl.md and sweep_sd3.md.
 
-python examples/sweep.py [--stages masks training guidance]
+python examples/sweep.py [--family sd] [--stages masks training guidance]
 
-masks: which blur and which candidate resolutions find the subject on noised references, whose masks are known exactly.
-training: learning rate and weight decay. guidance: w_f, and the step from which masking acts.
+masks: on sd, which blur and which candidate resolutions find the subject on noised references, whose masks are known exactly;
+on sd3, from which blocks. training: learning rate and weight decay; on sdxl also, a set of embeddings per layer or per
+transformer. guidance: w_f, and the step from which masking acts.
 """
 
 from __future__ import annotations
@@ -17,58 +18,65 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from quickstart import GUIDANCE, MODEL, RESOLUTIONS, TRAIN_STEPS, caption_text, captions_for, starting_noise
+from quickstart import caption_text, captions_for
+from shipped import SHIPPED, ShippedModel, starting_noise
 from toyworld.oracle import Oracle
 from toyworld.references import reference_pictures, rendered, subject_of
 from toyworld.renderer import render
 from toyworld.scores import iou, scores, table
 
-from degu.attention_processors import AttentionMaps, FidelityStream, cross_attention_layers
-from degu.pipelines import StableDiffusionDeGuPipeline
+from degu.attention_processors import AttentionMaps, LayerwiseStream, cross_attention_layers
+from degu.pipelines.cae_encoding import cae_sequence
 from degu.pipelines.subject_mask import subject_masks
 from degu.pipelines.tcam import TcamConfig
 from degu.training.train_cae import main as train_cae
 
 SUBJECTS = (1, 5)
-RESULTS = Path(__file__).parent / "sweep.md"
+STAGES = ("masks", "training", "guidance")
 
 
-def trained(subject: int, folder: Path, steps: int, *options: str) -> Path:
-    """Trains a CAE of the subject; returns its folder."""
-    references, output = folder / f"references-{subject}", folder / f"cae-{subject}-{'-'.join(options) or 'default'}"
+def written_references(subject: int, folder: Path) -> Path:
+    """Writes the subject's reference pictures into a folder of their own; returns it."""
+    references = folder / f"references-{subject}"
     references.mkdir(exist_ok=True)
     for i, image in enumerate(rendered(reference_pictures(subject))):
         Image.fromarray(image).save(references / f"{i}.png")
+    return references
+
+
+def trained(model: ShippedModel, subject: int, folder: Path, steps: int | None = None, *options: str) -> Path:
+    """Trains a CAE of the subject, `steps` long or as suits the model; returns its folder."""
+    references, output = written_references(subject, folder), folder / f"cae-{model.folder.name}-{subject}-{'-'.join(options) or 'default'}"
     if not (output / "cae_embeddings.safetensors").is_file():
         train_cae([
-            "--pretrained_model_name_or_path", str(MODEL), "--instance_data_dir", str(references), "--class_noun", subject_of(subject).kind,
-            "--output_dir", str(output), "--max_train_steps", str(steps), "--report_to", "none", *options,
+            "--pretrained_model_name_or_path", str(model.folder), "--instance_data_dir", str(references), "--class_noun", subject_of(subject).kind,
+            "--output_dir", str(output), "--max_train_steps", str(steps or model.train_steps), "--report_to", "none", *model.train_options, *options,
         ])  # fmt: skip
     return output
 
 
 @torch.no_grad()
-def mask_overlaps(pipe, folder: Path, steps: int) -> dict[str, dict[str, float]]:
+def mask_overlaps(model: ShippedModel, pipe, folder: Path, steps: int | None) -> dict[str, dict[str, float]]:
     """Mean IoU with the exact masks, over subjects, references and noise levels; by token, resolutions and blur."""
     layers = cross_attention_layers(pipe.unet)
     levels = sorted({layer.level for layer in layers if layer.decoder}, reverse=True)
     captured = frozenset(layer.name for layer in layers if layer.decoder)
     overlaps: dict[tuple, dict[str, list[float]]] = {}
     for subject in SUBJECTS:
-        pipe.load_cae_embeddings(trained(subject, folder, steps), adapter_name="subject")
+        pipe.load_cae_embeddings(trained(model, subject, folder, steps), adapter_name="subject")
         pictures = reference_pictures(subject)
         exact = torch.from_numpy(np.stack([render(p)[1] for p in pictures])).float()
         images = torch.from_numpy(np.stack(rendered(pictures))).permute(0, 3, 1, 2) / 127.5 - 1
         latents = pipe.vae.encode(images).latent_dist.mode() * pipe.vae.config.scaling_factor
         truth = torch.nn.functional.interpolate(exact[:, None], latents.shape[-2:], mode="area")[:, 0] > 0.5
-        contexts = pipe._fidelity(None, {})[0].contexts
+        _, contexts = pipe._encode_subject(pipe.active_cae, [cae_sequence], {})
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(subject))
         for token, t in itertools.product(("sot", "eot", "subject"), (200, 400, 600, 800)):
             config = TcamConfig(start=0.0, token=token, kernel_size=3, sigma=1.0)
             maps = AttentionMaps(pipe._token_positions(config))
             noisy = pipe.scheduler.add_noise(latents, noise, torch.tensor(t))
             placeholder = next(iter(contexts.values())).expand(len(noisy), -1, -1)
-            with FidelityStream(slice(0, len(noisy)), contexts, maps, captured).attached(layers):
+            with LayerwiseStream(slice(0, len(noisy)), contexts, maps, captured).attached(layers):
                 pipe.unet(noisy, t, placeholder)
             sides = {level: latents.shape[-1] // 2**level for level in levels}
             by_level = {level: maps.mean(level).view(-1, sides[level], sides[level]) for level in levels}
@@ -85,7 +93,7 @@ def mask_overlaps(pipe, folder: Path, steps: int) -> dict[str, dict[str, float]]
     return dict(sorted(result.items(), key=lambda item: -item[1]["mean"]))
 
 
-def generation_scores(pipe, oracle: Oracle, adapters: dict[int, Path], **options) -> dict[str, float]:
+def generation_scores(model: ShippedModel, pipe, oracle: Oracle, adapters: dict[int, Path], **options) -> dict[str, float]:
     """Mean scores over the subjects, four prompts each, two pictures per prompt."""
     collected = []
     for subject, folder in adapters.items():
@@ -93,54 +101,82 @@ def generation_scores(pipe, oracle: Oracle, adapters: dict[int, Path], **options
         pictures = reference_pictures(subject)
         fields = captions_for(subject_of(subject).kind, {p.scene for p in pictures}) * 2
         latents = starting_noise(pipe, len(fields), seed=subject)
-        images = pipe([caption_text(f) for f in fields], guidance_scale=GUIDANCE, num_inference_steps=20, latents=latents, **options).images
-        collected.append(scores(oracle, images, subject_of(subject), rendered(pictures), fields))
+        shared = dict(guidance_scale=model.guidance_scale, num_inference_steps=20, latents=latents, **model.call_options)
+        output = pipe([caption_text(f) for f in fields], **shared, **options)
+        row = scores(oracle, output.images, subject_of(subject), rendered(pictures), fields)
+        if output.subject_masks is not None:
+            row["mask IoU"] = float(iou(output.subject_masks > 0.5, oracle.read(output.images).region > 0).mean())
+        collected.append(row)
         pipe.unload_cae_embeddings("subject")
     return {name: float(np.mean([c[name] for c in collected])) for name in collected[0]}
 
 
-def training_sweep(pipe, oracle: Oracle, folder: Path, steps: int) -> dict[str, dict[str, float]]:
-    rows = {}
-    pipe.enable_tcam(resolutions=RESOLUTIONS)
-    for rate, decay in ((2.5e-4, 1e-2), (5e-4, 1e-2), (1e-3, 1e-2), (2e-3, 1e-2), (5e-4, 1e-1)):
-        adapters = {s: trained(s, folder, steps, "--learning_rate", str(rate), "--adam_weight_decay", str(decay)) for s in SUBJECTS}
-        rows[f"learning rate {rate:g}, weight decay {decay:g}"] = generation_scores(pipe, oracle, adapters)
+def block_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, steps: int | None) -> dict[str, dict[str, float]]:
+    """By the transformer's blocks that masks are read from."""
+    depth, rows = len(pipe.transformer.transformer_blocks), {}
+    adapters = {s: trained(model, s, folder, steps) for s in SUBJECTS}
+    third = depth // 3
+    for first, last in ((0, third), (third, depth - third), (depth - third, depth), (0, depth), (third, depth)):
+        pipe.enable_tcam(**model.tcam | {"layers": tuple(range(first, last))})
+        rows[f"blocks {first} to {last - 1}"] = generation_scores(model, pipe, oracle, adapters)
     return rows
 
 
-def guidance_sweep(pipe, oracle: Oracle, folder: Path, steps: int) -> dict[str, dict[str, float]]:
-    adapters, rows = {s: trained(s, folder, steps) for s in SUBJECTS}, {}
+def training_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, steps: int | None) -> dict[str, dict[str, float]]:
+    pipe.enable_tcam(**model.tcam)
+    settings = {
+        f"learning rate {rate:g}, weight decay {decay:g}": ("--learning_rate", str(rate), "--adam_weight_decay", str(decay))
+        for rate, decay in (((0.5, 1e-2), (1.0, 1e-2), (2.0, 1e-2)) if hasattr(pipe, "transformer") else ((2.5e-4, 1e-2), (5e-4, 1e-2), (1e-3, 1e-2), (2e-3, 1e-2), (5e-4, 1e-1)))
+    }  # fmt: skip
+    if model.folder.name == "sdxl":
+        settings["one set per layer"] = ("--set_per", "layer")
+        settings["one set for all"] = ("--no_layerwise",)
+    if model.folder.name == "sd3":
+        settings["AdamW, learning rate 0.0005"] = ("--optimizer", "adamw")
+    return {
+        name: generation_scores(model, pipe, oracle, {s: trained(model, s, folder, steps, *options) for s in SUBJECTS})
+        for name, options in settings.items()
+    }
+
+
+def guidance_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, steps: int | None) -> dict[str, dict[str, float]]:
+    adapters, rows = {s: trained(model, s, folder, steps) for s in SUBJECTS}, {}
     for w_f in (2.0, 4.0, 6.0):
         pipe.disable_tcam()
-        rows[f"w_f {w_f:g}, no mask"] = generation_scores(pipe, oracle, adapters, fidelity_guidance_scale=w_f)
+        rows[f"w_f {w_f:g}, no mask"] = generation_scores(model, pipe, oracle, adapters, fidelity_guidance_scale=w_f)
         for start in (0.1, 0.2, 0.4):
-            pipe.enable_tcam(start=start, resolutions=RESOLUTIONS)
-            rows[f"w_f {w_f:g}, start {start:g}"] = generation_scores(pipe, oracle, adapters, fidelity_guidance_scale=w_f)
+            pipe.enable_tcam(**model.tcam | {"start": start})
+            rows[f"w_f {w_f:g}, start {start:g}"] = generation_scores(model, pipe, oracle, adapters, fidelity_guidance_scale=w_f)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", default=["masks", "training", "guidance"], choices=["masks", "training", "guidance"])
-    parser.add_argument("--train_steps", type=int, default=TRAIN_STEPS)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--family", choices=list(SHIPPED), default="sd", help="which of the small models")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--train_steps", type=int, default=None, help="by default what suits the model")
+    parser.add_argument("--output", type=Path, default=None, help="by default the family's table beside this file")
     parser.add_argument("--work_dir", type=Path, default=None, help="keeps the trained embeddings, to continue from; by default a temporary folder")
     args = parser.parse_args()
     diffusers_logging.set_verbosity_error()
-    pipe, oracle = StableDiffusionDeGuPipeline.from_pretrained(MODEL), Oracle.load()
-    pipe.set_progress_bar_config(disable=True)
+    model, oracle = SHIPPED[args.family], Oracle.load()
+    pipe = model.load()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work_dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         sections = {}
-        if "masks" in args.stages:
-            sections["Masks: mean IoU with the exact mask, on noised references"] = table(mask_overlaps(pipe, folder, args.train_steps))
+        if "masks" in args.stages and args.family == "sd":
+            sections["Masks: mean IoU with the exact mask, on noised references"] = table(mask_overlaps(model, pipe, folder, args.train_steps))
+        if "masks" in args.stages and args.family == "sd3":
+            sections["Masks: which blocks"] = table(block_sweep(model, pipe, oracle, folder, args.train_steps))
         if "training" in args.stages:
-            sections["Training"] = table(training_sweep(pipe, oracle, folder, args.train_steps))
+            sections["Training"] = table(training_sweep(model, pipe, oracle, folder, args.train_steps))
         if "guidance" in args.stages:
-            sections["Guidance and the start of masking"] = table(guidance_sweep(pipe, oracle, folder, args.train_steps))
-    text = f"# Sweeps on the shipped model\n\nMade by `python examples/sweep.py --train_steps {args.train_steps}`; subjects {SUBJECTS}, w_e = {GUIDANCE:g}.\n"
-    args.output.write_text(text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items()))
+            sections["Guidance and the start of masking"] = table(guidance_sweep(model, pipe, oracle, folder, args.train_steps))
+    steps = args.train_steps or model.train_steps
+    text = f"# Sweeps on the small {args.family} model\n\nMade by `python examples/sweep.py --family {args.family}`; {steps} steps of training, subjects {SUBJECTS}, w_e = {model.guidance_scale:g}.\n"
+    output = args.output or Path(__file__).with_name("sweep.md" if args.family == "sd" else f"sweep_{args.family}.md")
+    output.write_text(text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 from PIL import Image
 
@@ -15,8 +16,9 @@ def run(*args: str) -> str:
     return done.stdout
 
 
-def test_quickstart(tmp_path):
-    printed = run("examples/quickstart.py", "--output_dir", str(tmp_path), "--train_steps", "3", "--samples", "1")
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_quickstart(tmp_path, family):
+    printed = run("examples/quickstart.py", "--family", family, "--output_dir", str(tmp_path), "--train_steps", "3", "--samples", "1")
     for name in ("stock prompt", "CAE in the prompt", "DGM", "DeGu", "clip_t", "dino"):
         assert name in printed
     assert Image.open(tmp_path / "comparison.png").width > 900
@@ -35,11 +37,30 @@ def test_benchmark_prints_a_ratio():
     assert "ratio" in run("examples/benchmark.py", "--repeats", "2")
 
 
-def test_ablation():
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_ablation(family):
     """A third of the default training is enough to see the paper's order on an easy subject."""
-    printed = run("examples/ablation.py", "--subjects", "14", "--scenes", "4", "--seeds", "1", "--train_steps", "150")
+    printed = run("examples/ablation.py", "--family", family, "--subjects", "14", "--scenes", "4", "--seeds", "1", "--train_steps", "150")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("| ")]
     overall = {row[0]: float(row[rows[0].index("overall")]) for row in rows[1:]}
     assert overall["CAE in the prompt"] < overall["DGM"] < overall["DGM + TCAM"]
     assert overall["class noun"] < overall["DGM + TCAM"]
     assert "Subjects: 1; scenes: 4" in printed and "IoU" in printed
+
+
+def test_hosts(tmp_path):
+    printed = run("examples/hosts.py", "--subjects", "14", "--scenes", "1", "--seeds", "1", "--train_steps", "2", "--work_dir", str(tmp_path))
+    for method in ("ti", "dti", "p_plus", "lora", "dreambooth"):
+        assert f"| {method} |" in printed and f"| {method} + DeGu |" in printed
+    assert "| lora + DeGu, host weights apart |" in printed and "| ti, control |" in printed
+
+
+def test_attention_collapse(tmp_path):
+    printed = run("examples/attention_collapse.py", "--subjects", "14", "--scenes", "2", "--train_steps", "2", "--output", str(tmp_path / "maps.png"))
+    assert "textual inversion: median Attention Collapse Score" in printed
+    assert Image.open(tmp_path / "maps.png").width > 500
+
+
+def test_tokens(tmp_path):
+    printed = run("examples/ablation.py", "--tokens", "--subjects", "14", "--scenes", "2", "--seeds", "1", "--train_steps", "2", "--work_dir", str(tmp_path))
+    assert all(f"| [{token}] |" in printed for token in ("SOT", "EOT", "SUBJECT"))

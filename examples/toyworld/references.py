@@ -29,3 +29,9 @@ def reference_pictures(seed: int, count: int = 5, scenes: int = 2) -> list[Pictu
 
 def rendered(pictures: list[Picture]) -> list[np.ndarray]:
     return [render(p)[0] for p in pictures]
+
+
+def new_scenes(seed: int, count: int) -> list[dict[str, str]]:
+    """What captions name of the subject in the first `count` scenes that its references do not show: class and scene."""
+    shown = {picture.scene for picture in reference_pictures(seed)}
+    return [{"kind": subject_of(seed).kind, "scene": scene} for scene in SCENES if scene not in shown][:count]

@@ -60,7 +60,7 @@ def scores(oracle: Oracle, images: Sequence, subject: Subject, references: Seque
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """A Markdown table with a row per name."""
-    columns = list(next(iter(rows.values())))
+    columns = list(dict.fromkeys(column for values in rows.values() for column in values))
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    lines += [f"| {name} | " + " | ".join("–" if np.isnan(v) else f"{v:.2f}" for v in values.values()) + " |" for name, values in rows.items()]
+    lines += [f"| {name} | " + " | ".join("–" if np.isnan(v) else f"{v:.2f}" for v in (values.get(c, np.nan) for c in columns)) + " |" for name, values in rows.items()]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Trains the oracle on renderings and on their reconstructions by the autoencoder.
 
-python -m toyworld.train_oracle --output_dir models --work_dir work        (from examples/)
+python -m toyworld.train_oracle --models_dir toyworld/models --work_dir work        (from examples/)
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def accuracies(oracle: Oracle, count: int = 2000, seed: int = 10**9) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--models_dir", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, required=True, help="where the checkpoint to resume from lies")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--pairs", type=int, default=24, help="subjects per step, two pictures each")
@@ -104,7 +104,7 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     oracle = Oracle()
-    vae = AutoencoderKL.from_pretrained(args.output_dir / "sd", subfolder="vae", dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(args.models_dir / "sd", subfolder="vae", dtype=torch.float32).eval()
     pool = []  # (reconstructions, masks, pictures) of 8 subjects each
     for i in range(args.reconstructed // 8):
         images, masks, pictures = pairs(np.random.default_rng((i, 3)), 8)
@@ -122,7 +122,7 @@ def main() -> None:
 
     module = torch.nn.ModuleDict({"oracle": oracle})
     if fit(module, loss_of, args.work_dir / "oracle.pt", args.steps, 2e-3, weight_decay=0.05, ema_decay=0.995):
-        oracle.cpu().save(args.output_dir / "oracle" / "oracle.safetensors")
+        oracle.cpu().save(args.models_dir / "oracle" / "oracle.safetensors")
         print({name: round(value, 4) for name, value in accuracies(oracle).items()})
 
 

@@ -1,7 +1,7 @@
 """Trains the autoencoder: 64x64 pictures to 16x16 latents of eight channels.
 
-python -m toyworld.train_vae --output_dir models/sd --work_dir work                     (from examples/)
-python -m toyworld.train_vae --output_dir models/sd --work_dir work --decoder_only      afterwards: the latents stay
+python -m toyworld.train_vae --models_dir toyworld/models --work_dir work                     (from examples/)
+python -m toyworld.train_vae --models_dir toyworld/models --work_dir work --decoder_only      afterwards: the latents stay
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--models_dir", type=Path, required=True)
     parser.add_argument("--work_dir", type=Path, required=True, help="where the checkpoint to resume from lies")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--full_size_steps", type=int, default=600, help="last steps on whole pictures instead of crops")
     parser.add_argument("--batch", type=int, default=16, help="per process, in 32x32 crops")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--decoder_only", action="store_true", help="refine the decoder of the autoencoder in --output_dir on whole pictures")
+    parser.add_argument("--decoder_only", action="store_true", help="refine the decoder of the autoencoder in --models_dir on whole pictures")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.decoder_only:
-        vae = AutoencoderKL.from_pretrained(args.output_dir, subfolder="vae", dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(args.models_dir / "sd", subfolder="vae", dtype=torch.float32)
         vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
         args.full_size_steps = args.steps
     else:
@@ -98,7 +98,7 @@ def main() -> None:
         with torch.no_grad():
             vae.register_to_config(scaling_factor=round(1 / float(vae.encode(images).latent_dist.mode().std()), 5))
     print(f"PSNR {psnr(vae, images):.2f} dB")
-    vae.half().save_pretrained(args.output_dir / "vae")
+    vae.half().save_pretrained(args.models_dir / "sd" / "vae")
 
 
 if __name__ == "__main__":

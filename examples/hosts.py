@@ -1,0 +1,142 @@
+"""Other personalization methods on the small Stable Diffusion, alone and with DeGu attached, as in the paper's Table 1.
+
+python examples/hosts.py [--methods ti dti p_plus lora dreambooth]
+
+Each host is trained by `training/train_host.py` and loaded as its users load it. Its rows: alone; with DeGu, its weights in all
+streams and, where it has any, in its own stream alone; and the paper's control (appendix G.4): the host's condition in all three
+places, with the same scales and a mask from its own attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+from diffusers import UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from quickstart import caption_text
+from shipped import SHIPPED, ShippedModel, starting_noise
+from sweep import trained, written_references
+from toyworld.oracle import Oracle
+from toyworld.references import new_scenes, reference_pictures, rendered, subject_of
+from toyworld.scores import scores, table
+
+from degu.training.train_host import main as train_host
+
+# Steps scaled down for a model this small, and a learning rate of LoRA's that suits it; all else is the script's default.
+METHODS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ti": (400, ()), "dti": (400, ()), "p_plus": (400, ()), "lora": (400, ("--learning_rate", "1e-3")), "dreambooth": (400, ()),
+}  # fmt: skip
+SCALES = {"host_guidance_scale": 2.0, "guidance_scale": 2.0, "fidelity_guidance_scale": 4.0}
+
+
+def host_of(method: str, model: ShippedModel, subject: int, folder: Path, steps: int | None = None) -> Path:
+    """Trains the method on the subject's references, `steps` long or as suits the model; returns its folder."""
+    own_steps, options = METHODS[method]
+    output = folder / f"{method}-{subject}"
+    if not (output / "done").exists():
+        train_host([
+            "--method", method, "--pretrained_model_name_or_path", str(model.folder), "--instance_data_dir", str(written_references(subject, folder)),
+            "--class_noun", subject_of(subject).kind, "--output_dir", str(output), "--report_to", "none", "--max_train_steps", str(steps or own_steps), *options,
+        ])  # fmt: skip
+        (output / "done").touch()
+    return output
+
+
+class EntangledMixin:
+    """Goes before a DeGu pipeline in the bases: the host's prompt takes the places of both plain prompt and CAE."""
+
+    def generate(self, host_prompts: list[str], latents, **kwargs) -> list:
+        images = []
+        for i, prompt in enumerate(host_prompts):
+            self._entangled = prompt
+            images += self(prompt, host_prompt=prompt, latents=latents[i : i + 1], **kwargs).images
+        return images
+
+    def _encode_cae(self, embeddings, sequence):
+        hidden = self.encode_prompt(self._entangled, self._execution_device, 1, False)[0]
+        return hidden.expand(len(embeddings["text_encoder"]), -1, -1), None
+
+
+def entangled(pipe, model: ShippedModel, cae: Path):
+    made = type("EntangledPipeline", (EntangledMixin, type(pipe)), {}).from_pipe(pipe)
+    made.set_progress_bar_config(disable=True)
+    made.enable_tcam(**model.tcam)
+    made.load_cae_embeddings(cae)  # for its scale; what is in it is not used
+    return made
+
+
+def ways(pipe, model: ShippedModel, method: str, cae: Path, host: Path, prompts: list[str], noun: str, **shared) -> Iterator[tuple[str, list]]:
+    """Name and pictures of each way to use the host at `host`; everything is unloaded again afterwards."""
+    word = "<my-subject>" if method in ("ti", "dti", "p_plus") else f"sks {noun}"
+    host_prompts = [prompt.replace(noun, word, 1) for prompt in prompts]
+    own = pipe.unet
+    if method in ("ti", "dti"):
+        pipe.load_textual_inversion(host, weight_name="learned_embeds.safetensors", token=word)
+    elif method == "lora":
+        pipe.load_lora_weights(host)
+    elif method == "p_plus":
+        subject = pipe.get_active_cae_adapter()
+        pipe.load_cae_embeddings(host, adapter_name="my-subject")
+        pipe.set_cae_adapter(subject)
+    else:
+        pipe.unet = UNet2DConditionModel.from_pretrained(host / "unet")
+    if method == "p_plus":  # guidance on the host stream alone is stock's guidance on its prompt
+        alone = {"host_prompt": host_prompts, "guidance_scale": 0.0, "host_guidance_scale": model.guidance_scale}
+        yield method, pipe(prompts, fidelity_guidance_scale=0.0, **alone, **shared).images
+    else:
+        yield method, pipe(host_prompts, fidelity_guidance_scale=0.0, guidance_scale=model.guidance_scale, **shared).images
+    yield f"{method} + DeGu", pipe(prompts, host_prompt=host_prompts, **SCALES, **shared).images
+    if method != "p_plus":
+        yield f"{method}, control", entangled(pipe, model, cae).generate(host_prompts, **SCALES, **shared)
+    if method == "lora":
+        yield "lora + DeGu, host weights apart", pipe(prompts, host_prompt=host_prompts, host_weights="host", **SCALES, **shared).images
+    if method == "dreambooth":
+        tuned, pipe.unet = pipe.unet, own
+        yield "dreambooth + DeGu, host weights apart", pipe(prompts, host_prompt=host_prompts, host_unet=tuned, **SCALES, **shared).images
+    if method in ("ti", "dti"):
+        pipe.unload_textual_inversion()
+    elif method == "lora":
+        pipe.unload_lora_weights()
+    elif method == "p_plus":
+        pipe.unload_cae_embeddings("my-subject")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--subjects", type=int, nargs="+", default=range(10, 18), help="seeds of the rendered subjects")
+    parser.add_argument("--scenes", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=2, help="pictures per subject and scene")
+    parser.add_argument("--train_steps", type=int, default=None, help="of the subject and of the hosts; by default what suits the model")
+    parser.add_argument("--work_dir", type=Path, default=None, help="keeps what is trained, to continue from; by default a temporary folder")
+    args = parser.parse_args()
+    diffusers_logging.set_verbosity_error()
+    model, oracle = SHIPPED["sd"], Oracle.load()
+    pipe = model.load()
+    collected: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.work_dir or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for subject in args.subjects:
+            identity, references, fields = subject_of(subject), rendered(reference_pictures(subject)), new_scenes(subject, args.scenes) * args.seeds
+            cae = trained(model, subject, folder, args.train_steps)
+            pipe.load_cae_embeddings(cae, adapter_name="subject")
+            shared = dict(num_inference_steps=model.steps, latents=starting_noise(pipe, len(fields), subject))
+            for method in args.methods:
+                host = host_of(method, model, subject, folder, args.train_steps)
+                for name, images in ways(pipe, model, method, cae, host, [caption_text(f) for f in fields], identity.kind, **shared):
+                    row = scores(oracle, images, identity, references, fields)
+                    del row["accessory"]
+                    collected.setdefault(name, []).append(row)
+                    print(f"{subject} {name}: {row['fidelity']:.2f}/{row['editability']:.2f}", flush=True)
+            pipe.unload_cae_embeddings("subject")
+    print(table({name: {k: float(np.mean([row[k] for row in rows])) for k in rows[0]} for name, rows in collected.items()}))
+    print(f"Subjects: {len(args.subjects)}; scenes: {args.scenes}; pictures of each: {args.seeds}")
+
+
+if __name__ == "__main__":
+    main()
