@@ -92,7 +92,8 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
     """Gives all processes the mean of their gradients."""
     if accelerator.num_processes > 1:
         for parameter in parameters:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
 def train(args, new_method: type[Method]) -> None:
