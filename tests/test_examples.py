@@ -37,9 +37,9 @@ def test_benchmark_prints_a_ratio():
     assert "ratio" in run("examples/benchmark.py", "--repeats", "2")
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_ablation(family):
-    """A third of the default training is enough to see the paper's order on an easy subject."""
+    """A third of the default training is enough to see the paper's order on an easy subject. (On SD 3 the order is another: README.)"""
     printed = run("examples/ablation.py", "--family", family, "--subjects", "14", "--scenes", "4", "--seeds", "1", "--train_steps", "150")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("| ")]
     overall = {row[0]: float(row[rows[0].index("overall")]) for row in rows[1:]}
@@ -61,6 +61,7 @@ def test_attention_collapse(tmp_path):
     assert Image.open(tmp_path / "maps.png").width > 500
 
 
-def test_tokens(tmp_path):
-    printed = run("examples/ablation.py", "--tokens", "--subjects", "14", "--scenes", "2", "--seeds", "1", "--train_steps", "2", "--work_dir", str(tmp_path))
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_tokens(tmp_path, family):
+    printed = run("examples/ablation.py", "--family", family, "--tokens", "--subjects", "14", "--scenes", "2", "--seeds", "1", "--train_steps", "2", "--work_dir", str(tmp_path))
     assert all(f"| [{token}] |" in printed for token in ("SOT", "EOT", "SUBJECT"))
