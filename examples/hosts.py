@@ -4,7 +4,7 @@ python examples/hosts.py [--methods ti dti p_plus lora dreambooth]
 
 Each host is trained by `training/train_host.py` and loaded as its users load it. Its rows: alone; with DeGu, its weights in all
 streams and, where it has any, in its own stream alone; and the paper's control (appendix G.4): the host's condition in all three
-places, with the same scales and a mask from its own attention.
+places, with the same scales and a mask from its own attention (not for P+, whose tokens differ from layer to layer).
 """
 
 from __future__ import annotations

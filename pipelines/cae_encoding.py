@@ -43,9 +43,9 @@ def prompt_with_embeddings(prompt: str, placeholder: str) -> Sequencer:
         start += tokenizer(before, add_special_tokens=False).input_ids
         if len(start) + num_tokens + 1 > length:
             raise ValueError(f"{placeholder!r} with its {num_tokens} tokens does not fit into the {length} that the text encoder reads of {prompt!r}.")
-        stand_in, _ = cae_sequence(tokenizer, num_tokens)  # any ordinary token; never seen
+        placeholders, there = cae_sequence(tokenizer, num_tokens)
         positions = slice(len(start), len(start) + num_tokens)
-        ids = [*start, *stand_in[1 : num_tokens + 1].tolist(), *tokenizer(after, add_special_tokens=False).input_ids][: length - 1]
+        ids = [*start, *placeholders[there].tolist(), *tokenizer(after, add_special_tokens=False).input_ids][: length - 1]
         ids += [tokenizer.eos_token_id]
         return torch.tensor(ids + [tokenizer.pad_token_id] * (length - len(ids))), positions
 
@@ -123,8 +123,8 @@ def encode_cae_3(
         # Its encoder looks tokens up in an embedding matrix of its own, which shares the weights of the model's.
         table = text_encoder.encoder.get_input_embeddings()
         last = encode_with_rows(text_encoder, tokenizer, ids, positions, t5_embeddings, table=table)[0]
-    sequence = torch.cat([F.pad(clip, (0, dim - clip.shape[-1])), last.to(clip.device, clip.dtype)], 1)
-    return sequence, torch.cat([output.text_embeds for output in outputs], -1)
+    hidden = torch.cat([F.pad(clip, (0, dim - clip.shape[-1])), last.to(clip.device, clip.dtype)], 1)
+    return hidden, torch.cat([output.text_embeds for output in outputs], -1)
 
 
 def encode_with_rows(text_encoder, tokenizer, ids: torch.Tensor, positions: slice, rows: torch.Tensor, table=None, **options):

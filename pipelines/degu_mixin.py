@@ -207,7 +207,8 @@ class DeGuMixin(CaeLoaderMixin, ABC):
                 subject, contexts = self._encode_subject(self.active_cae, [cae_sequence], stock)
                 fidelity = self._fidelity_stream(contexts, masking)
             if host_scale != 0:
-                host_condition, host_stream = self._encode_host(host, weights, prompts, stock)
+                with weights.in_use(self._denoiser.forward):
+                    host_condition, host_stream = self._encode_host(host, prompts, stock)
             self._guided = GuidedDenoiser(
                 self,
                 denoise=self._denoiser.forward,
@@ -291,27 +292,26 @@ class DeGuMixin(CaeLoaderMixin, ABC):
         encoders = [encoder for encoder, _ in self._text_encoders().values()] if scope == "host" else []
         return HostWeights(denoiser, (self._denoiser, *encoders) if scope == "host" else ())
 
-    def _encode_host(
-        self, host: Mapping[str, Any], weights: HostWeights, prompts: int, stock: dict[str, Any]
-    ) -> tuple[Condition, LayerwiseStream | None]:
+    def _encode_host(self, host: Mapping[str, Any], prompts: int, stock: dict[str, Any]) -> tuple[Condition, LayerwiseStream | None]:
         """The host prompt as the pipeline itself encodes prompts, one row per image; or with the embeddings of a loaded adapter in
         it, and then what every layer sees."""
         repeats = stock["num_images_per_prompt"] or 1
         named = self._adapter_in(host)
         if named is not None:
             texts = _one_per_prompt("prompt", host["prompt"], prompts)
-            sequences = [prompt_with_embeddings(text, f"<{named}>") for text in texts for _ in range(repeats)]
-            with weights.in_use(self._denoiser.forward):
-                condition, contexts = self._encode_subject(self._cae_adapters[named], sequences, stock)
-            return condition, LayerwiseStream(slice(0), contexts) if contexts else None
-        with weights.in_use(self._denoiser.forward):
-            encoded = self.encode_prompt(
-                **{name: None if value is None else _one_per_prompt(name, value, prompts) for name, value in host.items()},
-                device=self._execution_device,
-                num_images_per_prompt=repeats,
-                do_classifier_free_guidance=False,
-                **self._encode_options(stock),
-            )
+            distinct = list(dict.fromkeys(texts))  # each is a sequence per layer, so encoded once
+            condition, contexts = self._encode_subject(self._cae_adapters[named], [prompt_with_embeddings(t, f"<{named}>") for t in distinct], stock)
+            rows = [distinct.index(text) for text in texts for _ in range(repeats)]
+            embeds, pooled = (None if x is None else x[rows] for x in (condition.embeds, condition.pooled))
+            contexts = {name: context[rows] for name, context in contexts.items()}
+            return Condition(embeds, pooled), LayerwiseStream(slice(0), contexts) if contexts else None
+        encoded = self.encode_prompt(
+            **{name: None if value is None else _one_per_prompt(name, value, prompts) for name, value in host.items()},
+            device=self._execution_device,
+            num_images_per_prompt=repeats,
+            do_classifier_free_guidance=False,
+            **self._encode_options(stock),
+        )
         embeds, pooled = encoded[0], encoded[2] if len(encoded) > 2 else None
         if stock["prompt_embeds"] is not None and stock["prompt_embeds"].shape[1] != embeds.shape[1]:
             raise ValueError(

@@ -206,7 +206,7 @@ class GuidedDenoiser:
                 if "host" in names and self.host_stream is not None:
                     first = names.index("host") * n
                     self.host_stream.rows = slice(first, first + n)
-                    stack.enter_context(self.host_stream.attached(self.host_layers if names == ["host"] else self.layers))
+                    stack.enter_context(self.host_stream.attached(self.host_layers))
                 predicted = denoise(
                     torch.cat([sample[:n]] * len(names)),
                     encoder_hidden_states=torch.cat([texts[name] for name in names]),

@@ -181,7 +181,7 @@ def test_every_layer_sees_its_own_embedding_in_the_host_prompt():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_in_the_host_prompt_work_with_everything_else(family):
-    """Several images of several prompts equal single ones; with a denoiser of the host's own; other lengths of prompt embeddings."""
+    """Several images of several prompts equal single ones, with a denoiser of the host's own."""
     pipe = loaded(family)
     side = pipe._denoiser.config.sample_size
     shared = dict(num_inference_steps=2, output_type="latent", **{FAMILIES[family][3]: fine_tuned(pipe._denoiser)})
@@ -190,6 +190,21 @@ def test_embeddings_in_the_host_prompt_work_with_everything_else(family):
     for i, prompt in enumerate(["a dog", "a dog", "a cat", "a cat"]):
         alone = pipe(prompt, host_prompt=hosts[i // 2], latents=latents[i : i + 1], **shared).images
         close(alone[0], together[i])
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_embeddings_in_the_host_prompt_beside_prompt_embeddings_of_another_length(family):
+    """Each stream on its own, which no wrapper shares with another, is the same."""
+    pipe = loaded(family)
+    names = ["prompt_embeds", "negative_prompt_embeds"] + ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"] * (family == "sdxl")
+    encoded = dict(zip(names, pipe.encode_prompt(["a dog in the snow", "a cat"], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)))
+    for name in names[:2]:
+        encoded[name] = encoded[name].repeat(1, 2, 1)
+    latents = noise(2, side=pipe.unet.config.sample_size)
+    shared = dict(host_prompt=["a <default_0> in the snow", "a red <default_0>"], num_inference_steps=2, output_type="latent", latents=latents, **encoded)
+    together = pipe(**shared).images
+    pipe.enable_stream_slicing()
+    close(together, pipe(**shared).images)
 
 
 def test_errors_of_embeddings_in_the_host_prompt():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import inspect
 from pathlib import Path
 from typing import Iterator, Mapping
 
@@ -15,10 +15,9 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors.torch import save_file
 
 from degu.pipelines.cae_encoding import prompt_with_embeddings
-from degu.pipelines.cae_file import DEFAULT_NAME, save_cae
 from degu.pipelines.streams import Condition
 from degu.training.embeddings import LearnedDirections, LearnedEmbeddings
-from degu.training.method import Method
+from degu.training.method import EmbeddingsFileMethod, Method
 
 # Textual inversion's templates for objects; {} is the placeholder.
 TEMPLATES = (
@@ -41,12 +40,16 @@ class HostMethod(Method):
 
     def encoded(self, prompts: list[str]) -> Condition:
         """Prompts as the model's own pipeline encodes them."""
-        pipeline = self.backbone.pipeline
-        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, **self.backbone.call_options}
-        if self.backbone.family == "sd":
-            return Condition(pipeline.encode_prompt(prompts, pipeline.device, **options)[0])
-        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, *[prompts] * (self.backbone.family == "sd3"), **options)
-        return Condition(embeds, pooled)
+        others = {"prompt_2": None, "prompt_3": None} if self.backbone.family == "sd3" else {}  # stock requires these there
+        encoded = self.backbone.pipeline.encode_prompt(
+            prompt=prompts,
+            **others,
+            device=self.backbone.denoiser.device,  # not the pipeline's: the VAE has been moved away
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **self.backbone.call_options,
+        )
+        return Condition(encoded[0], encoded[2] if len(encoded) > 2 else None)
 
 
 class TextualInversion(HostMethod):
@@ -124,10 +127,10 @@ class DirectionalTextualInversion(TextualInversion):
         return LearnedDirections(self.backbone.initial_embeddings(self.args.class_noun), 1, self.args.num_tokens, lengths)
 
 
-class PPlus(HostMethod):
+class PPlus(EmbeddingsFileMethod, HostMethod):
     """A vector, or several, for a new token in every cross-attention layer (Voynov et al. 2023)."""
 
-    name, file_name = "p_plus", DEFAULT_NAME
+    name = "p_plus"
     defaults = dict(max_train_steps=500, train_batch_size=8)
     learning_rate = 1e-3
 
@@ -142,21 +145,14 @@ class PPlus(HostMethod):
         sequences = [prompt_with_embeddings(template, "{}") for template in _templates(self.args.seed, examples)]
         return self.backbone.conditioned_on(self.learned(), len(examples), sequences)
 
-    def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
-        """As `load_cae_embeddings` reads it, for a host prompt that names the adapter."""
-        save_cae(self.learned.snapshot(self.backbone.set_names, metadata), folder / self.file_name, self.backbone.family)
-
     @contextlib.contextmanager
     def in_use(self, pipeline, prompt: str) -> Iterator[tuple[str, dict]]:
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder), {})
-            pipeline.load_cae_embeddings(folder, adapter_name="validation")
-        try:
-            host = prompt.replace(self.args.placeholder_token, "<validation>")
-            scales = {"guidance_scale": 0.0, "fidelity_guidance_scale": 0.0, "host_guidance_scale": 7.5}
+        """Guidance on the host stream alone is stock's guidance on its prompt, at stock's scale."""
+        host = prompt.replace(self.args.placeholder_token, "<validation>")
+        stock_scale = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+        scales = {"guidance_scale": 0.0, "fidelity_guidance_scale": 0.0, "host_guidance_scale": stock_scale}
+        with self.loaded(pipeline, "validation"):
             yield prompt.replace(self.args.placeholder_token, self.args.class_noun), {"host_prompt": host, **scales}
-        finally:
-            pipeline.unload_cae_embeddings("validation")
 
 
 def _templates(seed: int, examples: range) -> list[str]:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from huggingface_hub import create_repo, upload_folder
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from degu.training.arguments import PRODIGY_LEARNING_RATE
@@ -25,7 +26,7 @@ from degu.training.log import logger
 from degu.training.method import Method
 
 # What has to be as it was for a resumed run to equal an uninterrupted one.
-_RUN = ("method", "rank", "num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "seed",
+_RUN = ("method", "rank", "instance_prompt", "num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "seed",
         "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "set_per")  # fmt: skip
 
 
@@ -91,9 +92,8 @@ def validate(args, accelerator: Accelerator, backbone, method: Method, step: int
 def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
     """Gives all processes the mean of their gradients."""
     if accelerator.num_processes > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), "mean"), gradients)
 
 
 def train(args, new_method: type[Method]) -> None:

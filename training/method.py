@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Iterator, Mapping
 
 import torch
 
+from degu.pipelines.cae_file import DEFAULT_NAME, save_cae
 from degu.pipelines.streams import Condition
+from degu.training.embeddings import LearnedEmbeddings
 from degu.training.latent_cache import Batch
 
 
@@ -61,3 +64,24 @@ class Method(ABC):
 
     def write_model_card(self, folder: Path, metadata: Mapping[str, str], repository: str | None) -> None:
         """Writes `README.md` beside the result."""
+
+
+class EmbeddingsFileMethod(Method):
+    """Learns sets of embeddings that `load_cae_embeddings` reads."""
+
+    file_name = DEFAULT_NAME
+    learned: LearnedEmbeddings
+
+    def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
+        save_cae(self.learned.snapshot(self.backbone.set_names, metadata), folder / self.file_name, self.backbone.family)
+
+    @contextlib.contextmanager
+    def loaded(self, pipeline, adapter_name: str) -> Iterator[None]:
+        """While it lasts, `pipeline` has the embeddings as they are now."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder), {})
+            pipeline.load_cae_embeddings(folder, adapter_name=adapter_name)
+        try:
+            yield
+        finally:
+            pipeline.unload_cae_embeddings(adapter_name)

@@ -6,23 +6,21 @@ accelerate launch training/train_cae.py --pretrained_model_name_or_path BASE --i
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from pathlib import Path
 from typing import Iterator, Mapping, Sequence
 
-from degu.pipelines.cae_file import DEFAULT_NAME, save_cae
 from degu.pipelines.streams import Condition
 from degu.training.arguments import ADAMW_LEARNING_RATE, parse_args
 from degu.training.embeddings import LearnedEmbeddings
 from degu.training.loop import train
-from degu.training.method import Method
+from degu.training.method import EmbeddingsFileMethod
 from degu.training.model_card import write_model_card
 
 
-class ContextAgnosticEmbeddingsMethod(Method):
+class ContextAgnosticEmbeddingsMethod(EmbeddingsFileMethod):
     """N embeddings, by default for every layer, in a sequence without words (Eq. 4)."""
 
-    name, file_name = "cae", DEFAULT_NAME
+    name = "cae"
     learning_rate = ADAMW_LEARNING_RATE
 
     def __init__(self, backbone, args) -> None:
@@ -34,18 +32,10 @@ class ContextAgnosticEmbeddingsMethod(Method):
     def conditioned(self, examples: range) -> contextlib.AbstractContextManager[Condition]:
         return self.backbone.conditioned_on(self.learned(), len(examples))
 
-    def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
-        save_cae(self.learned.snapshot(self.backbone.set_names, metadata), folder / self.file_name, self.backbone.family)
-
     @contextlib.contextmanager
     def in_use(self, pipeline, prompt: str) -> Iterator[tuple[str, dict]]:
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder), {})
-            pipeline.load_cae_embeddings(folder, adapter_name="validation")
-        try:
+        with self.loaded(pipeline, "validation"):
             yield prompt, {}
-        finally:
-            pipeline.unload_cae_embeddings("validation")
 
     def write_model_card(self, folder: Path, metadata: Mapping[str, str], repository: str | None) -> None:
         write_model_card(folder, metadata, repository, type(self.backbone.pipeline).__name__)

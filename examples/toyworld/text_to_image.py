@@ -48,6 +48,9 @@ class Recipe(ABC):
     def new_pipeline(self) -> DiffusionPipeline:
         """Also sets `denoiser`."""
 
+    def start(self, captions: list[str]) -> None:
+        """Gives the new denoiser what it need not learn anew; `captions` as they are going to come."""
+
     @abstractmethod
     def text_states(self, captions: list[str]) -> tuple[torch.Tensor, ...]:
         """By the stock pipeline: (n, tokens, dim), and the pooled ones (n, dim) where the family has them."""
@@ -106,7 +109,7 @@ class StableDiffusionXLRecipe(StableDiffusionRecipe):
         )  # fmt: skip
 
     @torch.no_grad()
-    def start_from_sd(self, captions: list[str]) -> None:
+    def start(self, captions: list[str]) -> None:
         """Takes over Stable Diffusion's U-Net, with the linear map from these text states to its own that fits `captions` best."""
         unet = self.part("sd", "unet", UNet2DConditionModel)
         ids = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt").input_ids

@@ -72,8 +72,7 @@ def main() -> None:
     recipe = RECIPES[args.family](args.models_dir)
     latents = cached_latents(recipe.vae.to(memory_format=torch.channels_last), args.work_dir / f"latents{rank}.npy", args.pictures, rank)
     recipe.pipeline.to(device)
-    if args.family == "sdxl":
-        recipe.start_from_sd([caption(picture(i, 0), np.random.default_rng(i)) for i in range(1000)])
+    recipe.start([caption(picture(i, 0), np.random.default_rng(i)) for i in range(1000)])
     denoiser = torch.compile(recipe.denoiser) if args.compile else recipe.denoiser
 
     def loss_of(step: int, rng: np.random.Generator) -> torch.Tensor:
