@@ -5,6 +5,7 @@ from degu.attention_processors.cross_attention import (
     CrossAttentionLayer,
     LayerwiseAttnProcessor,
     LayerwiseStream,
+    attention_probabilities,
     cross_attention_layers,
 )
 from degu.attention_processors.joint_attention import (
@@ -22,6 +23,7 @@ __all__ = [
     "JointFidelityStream",
     "LayerwiseAttnProcessor",
     "LayerwiseStream",
+    "attention_probabilities",
     "cross_attention_layers",
     "joint_attention_layers",
 ]

@@ -72,6 +72,7 @@ class LayerwiseStream:
     Attributes:
         rows: where they are.
         contexts: what each layer sees, by its name: (1, tokens, dim), or (n, tokens, dim), one for each row.
+        values: what the layer's values are made of, where that is not the same as its keys; of the same shapes, or None.
         maps: where the layers named in `captured` add their attention; None where no mask is wanted.
     """
 
@@ -79,6 +80,7 @@ class LayerwiseStream:
     contexts: Mapping[str, torch.Tensor]
     maps: AttentionMaps | None = None
     captured: frozenset[str] = frozenset()
+    values: Mapping[str, torch.Tensor] | None = None
     _wrappers: dict[str, LayerwiseAttnProcessor] = field(default_factory=dict)
 
     def wrapper(self, layer: CrossAttentionLayer, processor) -> LayerwiseAttnProcessor:
@@ -94,14 +96,15 @@ class LayerwiseStream:
                 wrapper = self._wrappers.get(layer.name)
                 if wrapper is None or wrapper.inner is not processor:
                     wrapper = self._wrappers[layer.name] = self.wrapper(layer, processor)
-                _set_processor(layer.module, wrapper)
+                set_processor(layer.module, wrapper)
             yield
         finally:
             for layer, processor in zip(layers, inner):
-                _set_processor(layer.module, processor)
+                set_processor(layer.module, processor)
 
 
-def _set_processor(attn: Attention, processor) -> None:
+def set_processor(attn: Attention, processor) -> None:
+    """Puts `processor` into `attn`, and nothing else."""
     # Not `attn.set_processor`, which logs "removing possibly trained weights" each time; and where `Module.__setattr__`
     # would put it, without its checks, since this happens twice per layer and step.
     attn._modules.pop("processor", None)
@@ -135,33 +138,59 @@ class LayerwiseAttnProcessor(torch.nn.Module):
         text, *images = encoder_hidden_states if isinstance(encoder_hidden_states, tuple) else (encoder_hidden_states,)
         start, stop, _ = stream.rows.indices(len(text))
         if stream.maps is not None and self.layer_name in stream.captured and start < stop:
-            stream.maps.add(self.level, token_attention(attn, hidden_states[start:stop], context, stream.maps.positions))
+            to_k = getattr(self.inner, "to_k_custom_diffusion", attn.to_k)
+            stream.maps.add(self.level, token_attention(attn, hidden_states[start:stop], context, stream.maps.positions, to_k))
         context = context.expand(stop - start, -1, -1)
+        values = None if stream.values is None else stream.values[self.layer_name].expand(stop - start, -1, -1)
 
-        def attend(rows: slice, text: torch.Tensor) -> torch.Tensor:
+        def attend(rows: slice, text: torch.Tensor, own: slice | None) -> torch.Tensor:
+            """Of these rows of the batch; `own` of them are the stream's."""
             states = (text, *([image[rows] for image in group] for group in images)) if images else text
-            return self.inner(attn, hidden_states[rows], states, *args, **kwargs)
+            with contextlib.nullcontext() if values is None or own is None else _values_from(attn, values, own):
+                return self.inner(attn, hidden_states[rows], states, *args, **kwargs)
 
         if text.shape[1] == context.shape[1]:
-            return attend(slice(None), torch.slice_scatter(text, context, start=start, end=stop))
+            return attend(slice(None), torch.slice_scatter(text, context, start=start, end=stop), slice(start, stop))
         # Prompt embeddings of another length than the CAE sequence (long, weighted prompts): evaluated apart.
-        parts = ((slice(0, start), text[:start]), (slice(start, stop), context), (slice(stop, None), text[stop:]))
-        return torch.cat([attend(rows, states) for rows, states in parts if len(states)])
+        own = (slice(start, stop), context, slice(0, stop - start))
+        parts = ((slice(0, start), text[:start], None), own, (slice(stop, None), text[stop:], None))
+        return torch.cat([attend(*part) for part in parts if len(part[1])])
 
 
-def token_attention(attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor, positions: slice) -> torch.Tensor:
-    """The columns `positions` of softmax(q k^T * scale), averaged over them and over the heads.
+@contextlib.contextmanager
+def _values_from(attn: Attention, values: torch.Tensor, rows: slice) -> Iterator[None]:
+    """While it lasts, `attn` makes these rows' values of `values`, whatever its processor hands to `attn.to_v`."""
+    if attn.norm_cross:
+        values = attn.norm_encoder_hidden_states(values)
+    hook = attn.to_v.register_forward_pre_hook(lambda module, args: (torch.slice_scatter(args[0], values, start=rows.start, end=rows.stop),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def token_attention(attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor, positions: slice, to_k=None) -> torch.Tensor:
+    """The attention to the tokens at `positions`, averaged over them and over the heads: (n, pixels), float32.
+
+    All else as for `attention_probabilities`.
+    """
+    return attention_probabilities(attn, hidden_states, context, to_k)[..., positions].mean((1, 3))
+
+
+def attention_probabilities(attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor, to_k=None) -> torch.Tensor:
+    """softmax(q k^T * scale).
 
     Args:
         hidden_states: (n, pixels, channels).
-        context: (1, tokens, dim), the same for all n.
+        context: (n, tokens, dim), or (1, tokens, dim), the same for all n.
+        to_k: what makes the keys, where it is not `attn.to_k`.
 
     Returns:
-        (n, pixels), float32
+        (n, heads, pixels, tokens), float32.
     """
     if attn.norm_cross:
         context = attn.norm_encoder_hidden_states(context)
-    query, key = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), attn.to_k(context)))
+    query, key = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), (to_k or attn.to_k)(context)))
     if getattr(attn, "norm_q", None) is not None:
         query = attn.norm_q(query)
     if getattr(attn, "norm_k", None) is not None:
@@ -169,4 +198,4 @@ def token_attention(attn: Attention, hidden_states: torch.Tensor, context: torch
     if attn.upcast_attention:
         query, key = query.float(), key.float()
     scores = query @ (key * attn.scale).transpose(2, 3)
-    return scores.softmax(3, dtype=torch.float32)[..., positions].mean((1, 3))
+    return scores.softmax(3, dtype=torch.float32)

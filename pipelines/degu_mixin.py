@@ -10,12 +10,13 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 
 from degu.attention_processors import CrossAttentionLayer, LayerwiseStream, JointAttentionLayer
-from degu.pipelines.cae_encoding import Sequencer, cae_sequence, prompt_with_embeddings
+from degu.pipelines.cae_encoding import Sequencer, cae_sequence
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.pipelines.cae_loader import CaeLoaderMixin
 from degu.pipelines.families import Family
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
-from degu.pipelines.host_weights import HostWeights
+from degu.pipelines.hosts.host import Host, LoadedHost, texts_of
+from degu.pipelines.hosts.host_weights import HostWeights
 from degu.pipelines.streams import Condition
 from degu.pipelines.tcam import TcamConfig
 from degu.pipelines.user_mask import latent_masks
@@ -174,7 +175,8 @@ class DeGuMixin(CaeLoaderMixin, ABC):
         kwargs: dict[str, Any],
         *,
         fidelity_guidance_scale: float | None,
-        host: Mapping[str, Any],
+        host: Host | None,
+        host_texts: Mapping[str, Any],
         host_guidance_scale: float | None,
         host_weights: str,
         host_denoiser: torch.nn.Module | None,
@@ -182,47 +184,46 @@ class DeGuMixin(CaeLoaderMixin, ABC):
     ):
         """Runs `stock_call` with the denoiser guided, or as it is where neither CAE nor host is in use.
 
-        `host`: the host's prompts and embeddings, named as `encode_prompt` takes them; None where not given. `host_denoiser`
-        evaluates its rows; None: the pipeline's.
+        `host_texts`: the host's prompts and embeddings, named as `encode_prompt` takes them; None where not given.
         """
         self._last_masks = None
         bound = inspect.signature(stock_call).bind(*args, **kwargs)
         bound.apply_defaults()
         stock = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        fidelity_scale, host_scale = self._scales(fidelity_guidance_scale, host, host_guidance_scale)
+        fidelity_scale, host_scale = self._scales(fidelity_guidance_scale, host_texts, host_guidance_scale)
         if subject_mask is not None and fidelity_scale == 0:
             raise ValueError(
                 "`subject_mask` says where the fidelity stream acts, but that stream is off: load a CAE with "
                 "`load_cae_embeddings` and leave `fidelity_guidance_scale` above 0."
             )
-        weights = self._host_weights(host_weights, host_denoiser, host_scale)
+        host = self._loaded_host(host_weights, host_denoiser, host, host_scale)
         if fidelity_scale == 0 and host_scale == 0:
             return self._with_masks(stock_call(*args, **kwargs))
-        with weights.left_out():
+        with host.left_out():
             prompts = _count(stock)
             images = prompts * (stock["num_images_per_prompt"] or 1)
             masking = self._masking(subject_mask, images, stock) if fidelity_scale != 0 else None
-            fidelity = subject = host_condition = host_stream = None
+            fidelity = subject = host_condition = None
             if fidelity_scale != 0:
                 subject, contexts = self._encode_subject(self.active_cae, [cae_sequence], stock)
                 fidelity = self._fidelity_stream(contexts, masking)
             if host_scale != 0:
-                with weights.in_use(self._denoiser.forward):
-                    host_condition, host_stream = self._encode_host(host, prompts, stock)
+                texts = texts_of(host_texts, prompts)
+                with host.in_use():
+                    host_condition = host.encode(self, texts, stock)
             self._guided = GuidedDenoiser(
                 self,
                 denoise=self._denoiser.forward,
                 layers=self._layers(),
                 fidelity=fidelity,
                 subject=subject,
-                host=host_condition,
+                host=host,
+                host_condition=host_condition,
                 fidelity_scale=fidelity_scale,
                 host_scale=host_scale,
                 masking=masking,
                 sliced=self._stream_slicing,
-                host_weights=weights,
-                host_stream=host_stream,
-                host_layers=self._layers(host_denoiser),
+                host_layers=self._layers(host.denoiser),
             )
             try:
                 with self._guided.installed(self._denoiser):
@@ -237,7 +238,7 @@ class DeGuMixin(CaeLoaderMixin, ABC):
             return output
         return self._output_class(**{field.name: getattr(output, field.name) for field in fields(output)}, subject_masks=self._last_masks)
 
-    def _scales(self, fidelity_scale, host, host_scale) -> tuple[float, float]:
+    def _scales(self, fidelity_scale, texts, host_scale) -> tuple[float, float]:
         """w_f and w_h with their defaults; 0 where there is nothing to guide with."""
         if self.active_cae is None:
             if fidelity_scale:
@@ -248,11 +249,11 @@ class DeGuMixin(CaeLoaderMixin, ABC):
             fidelity_scale = 0.0
         elif fidelity_scale is None:
             fidelity_scale = self._degu_family.fidelity_guidance_scale
-        if host["prompt"] is not None and host["prompt_embeds"] is not None:
+        if texts["prompt"] is not None and texts["prompt_embeds"] is not None:
             raise ValueError("Give either `host_prompt` or `host_prompt_embeds`, not both.")
-        if "pooled_prompt_embeds" in host and (host["prompt_embeds"] is None) != (host["pooled_prompt_embeds"] is None):
+        if "pooled_prompt_embeds" in texts and (texts["prompt_embeds"] is None) != (texts["pooled_prompt_embeds"] is None):
             raise ValueError("`host_prompt_embeds` and `host_pooled_prompt_embeds` belong together: give both.")
-        if host["prompt"] is None and host["prompt_embeds"] is None:
+        if texts["prompt"] is None and texts["prompt_embeds"] is None:
             if host_scale:
                 raise ValueError(f"`host_guidance_scale` is {host_scale}, but there is no host: give `host_prompt` or `host_prompt_embeds`.")
             host_scale = 0.0
@@ -276,12 +277,19 @@ class DeGuMixin(CaeLoaderMixin, ABC):
             return (side, side) if isinstance(side, int) else tuple(side)
         return stock["height"] // self.vae_scale_factor, stock["width"] // self.vae_scale_factor
 
-    def _host_weights(self, scope: str, denoiser: torch.nn.Module | None, host_scale: float) -> HostWeights:
-        """What of the model is the host's alone: the denoiser it comes with, and its adapters where `scope` is "host"."""
+    def _loaded_host(self, scope: str, denoiser: torch.nn.Module | None, host: Host | None, host_scale: float) -> Host:
+        """The host that was given to the call; or what the pipeline has loaded: with the denoiser that came with it, and with its
+        adapters and processors to itself where `scope` is "host"."""
         if scope not in ("all", "host"):
-            raise ValueError(f"`host_weights` is {scope!r}; it can be 'all' (its adapters act in all streams) or 'host' (in its own alone).")
-        if host_scale == 0 and (denoiser is not None or scope == "host"):
+            raise ValueError(f"`host_weights` is {scope!r}; it can be 'all' (its weights act in all streams) or 'host' (in its own alone).")
+        if host_scale == 0 and (denoiser is not None or host is not None or scope == "host"):
             raise ValueError("Weights are given to the host alone, but there is no host stream: give `host_prompt`, and a `host_guidance_scale` that is not 0.")
+        if host is not None:
+            if denoiser is not None or scope == "host":
+                raise ValueError("`host` says itself what of the model is its own: leave `host_weights` and the host's denoiser out.")
+            if not isinstance(host, Host):
+                raise ValueError(f"`host` is a {type(host).__name__}; it has to be a `degu.pipelines.hosts.host.Host`.")
+            return host
         if denoiser is not None:
             own, theirs = self._denoiser, denoiser
             if type(theirs) is not type(own) or theirs.dtype != own.dtype or theirs.device.type != self._execution_device.type:
@@ -290,59 +298,7 @@ class DeGuMixin(CaeLoaderMixin, ABC):
                     f"a {type(own).__name__} of {own.dtype} on {self._execution_device}."
                 )
         encoders = [encoder for encoder, _ in self._text_encoders().values()] if scope == "host" else []
-        return HostWeights(denoiser, (self._denoiser, *encoders) if scope == "host" else ())
-
-    def _encode_host(self, host: Mapping[str, Any], prompts: int, stock: dict[str, Any]) -> tuple[Condition, LayerwiseStream | None]:
-        """The host prompt as the pipeline itself encodes prompts, one row per image; or with the embeddings of a loaded adapter in
-        it, and then what every layer sees."""
-        repeats = stock["num_images_per_prompt"] or 1
-        named = self._adapter_in(host)
-        if named is not None:
-            texts = _one_per_prompt("prompt", host["prompt"], prompts)
-            distinct = list(dict.fromkeys(texts))  # each is a sequence per layer, so encoded once
-            condition, contexts = self._encode_subject(self._cae_adapters[named], [prompt_with_embeddings(t, f"<{named}>") for t in distinct], stock)
-            rows = [distinct.index(text) for text in texts for _ in range(repeats)]
-            embeds, pooled = (None if x is None else x[rows] for x in (condition.embeds, condition.pooled))
-            contexts = {name: context[rows] for name, context in contexts.items()}
-            return Condition(embeds, pooled), LayerwiseStream(slice(0), contexts) if contexts else None
-        encoded = self.encode_prompt(
-            **{name: None if value is None else _one_per_prompt(name, value, prompts) for name, value in host.items()},
-            device=self._execution_device,
-            num_images_per_prompt=repeats,
-            do_classifier_free_guidance=False,
-            **self._encode_options(stock),
-        )
-        embeds, pooled = encoded[0], encoded[2] if len(encoded) > 2 else None
-        if stock["prompt_embeds"] is not None and stock["prompt_embeds"].shape[1] != embeds.shape[1]:
-            raise ValueError(
-                f"The host prompt's embeddings have {embeds.shape[1]} tokens, `prompt_embeds` has "
-                f"{stock['prompt_embeds'].shape[1]}; all streams are evaluated in one batch and need the same number."
-            )
-        return Condition(embeds, pooled), None
-
-    def _adapter_in(self, host: Mapping[str, Any]) -> str | None:
-        """The loaded adapter that the host's prompts name, as `<name>`."""
-        texts = [host["prompt"]] if isinstance(host["prompt"], str) else host["prompt"] or []
-        found = [[name for name in self._cae_adapters if f"<{name}>" in text] for text in texts]
-        if not any(found):
-            return None
-        if any(names != found[0] or len(names) != 1 for names in found):
-            raise ValueError(f"All host prompts have to name one and the same adapter; these name {found}.")
-        others = [name for name, value in host.items() if name != "prompt" and value is not None]
-        if others:
-            raise ValueError(f"With the adapter {found[0][0]!r} in `host_prompt`, all text encoders read that prompt; leave {[f'host_{n}' for n in others]} out.")
-        return found[0][0]
-
-
-def _one_per_prompt(name: str, given, prompts: int):
-    """A host's prompts or embeddings, repeated where there is one for all."""
-    if isinstance(given, str):
-        return [given] * prompts
-    if isinstance(given, torch.Tensor) and len(given) == 1:
-        return given.expand(prompts, *given.shape[1:])
-    if len(given) != prompts:
-        raise ValueError(f"`host_{name}` holds {len(given)} host prompts for {prompts} prompts: give one, or one per prompt.")
-    return given
+        return LoadedHost(HostWeights(self._denoiser, *encoders) if scope == "host" else HostWeights(), denoiser)
 
 
 def _count(stock: dict[str, Any]) -> int:

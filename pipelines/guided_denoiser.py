@@ -11,7 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from degu.attention_processors import AttentionMaps, CrossAttentionLayer, LayerwiseStream, JointAttentionLayer
 from degu.pipelines.guidance import decoupled_guidance
-from degu.pipelines.host_weights import HostWeights
+from degu.pipelines.hosts.host import Host, HostCondition
 from degu.pipelines.streams import Condition, map_batched
 from degu.pipelines.subject_mask import subject_masks
 from degu.pipelines.tcam import TcamConfig
@@ -51,13 +51,12 @@ class GuidedDenoiser:
         layers: where it attends to text.
         fidelity: what goes into them for the fidelity stream, and what is read; None: no such stream.
         subject: the encoded CAE, for one image, as far as it comes in with the batch.
-        host: the encoded host prompt; None: no host.
+        host: what makes the host stream's prediction.
+        host_condition: the encoded host prompt; None: no host stream.
         fidelity_scale, host_scale: w_f, w_h.
         masking: where the masks come from; None: no masks.
         sliced: evaluate the streams one after another instead of in one batch.
-        host_weights: what of the model is the host's alone; None: nothing.
-        host_stream: what the host sees in each layer, where it differs from layer to layer.
-        host_layers: where the denoiser of the host's rows attends to text; None: `layers`.
+        host_layers: where the denoiser of the host's rows attends to text.
     """
 
     def __init__(
@@ -67,18 +66,17 @@ class GuidedDenoiser:
         layers: list[CrossAttentionLayer] | list[JointAttentionLayer],
         fidelity: LayerwiseStream | None,
         subject: Condition | None,
-        host: Condition | None,
+        host: Host,
+        host_condition: HostCondition | None,
         fidelity_scale: float,
         host_scale: float,
         masking: Masking | None,
         sliced: bool,
-        host_weights: HostWeights | None = None,
-        host_stream: LayerwiseStream | None = None,
-        host_layers: list[CrossAttentionLayer] | list[JointAttentionLayer] | None = None,
+        host_layers: list[CrossAttentionLayer] | list[JointAttentionLayer],
     ) -> None:
         self.pipe, self.denoise, self.layers = pipe, denoise, layers
-        self.fidelity, self.subject, self.host, self.host_weights = fidelity, subject, host, host_weights or HostWeights()
-        self.host_stream, self.host_layers = host_stream, layers if host_layers is None else host_layers
+        self.fidelity, self.subject = fidelity, subject
+        self.host, self.host_condition, self.host_layers = host, host_condition, host_layers
         self.fidelity_scale, self.host_scale = fidelity_scale, host_scale
         self.masking, self.sliced = masking, sliced
         self.step = 0
@@ -130,7 +128,7 @@ class GuidedDenoiser:
         scales = {"editability": self.pipe.guidance_scale}
         if self.fidelity is not None:
             scales["fidelity"] = self.fidelity_scale
-        if self.host is not None:
+        if self.host_condition is not None:
             scales["host"] = self.host_scale
         streams = ["null", *(name for name, scale in scales.items() if scale != 0)]
         masking = self.masking
@@ -177,13 +175,13 @@ class GuidedDenoiser:
         # The prompt's image prompts belong to the host where there is one, else to the editability stream.
         carrier = "host" if "host" in streams else "editability"
         groups = [[name] for name in streams] if self.sliced else [streams]
-        if self.host_weights.apart and "host" in streams and not self.sliced:
+        if self.host.apart and "host" in streams and not self.sliced:
             groups = [[name for name in streams if name != "host"], ["host"]]
         predictions = {}
         for names in groups:
             halves = [positive if name == carrier else negative for name in names]
             texts = {"null": encoder_hidden_states[negative], "editability": encoder_hidden_states[positive]}
-            for name, condition in (("fidelity", self.subject), ("host", self.host)):
+            for name, condition in (("fidelity", self.subject), ("host", self.host_condition)):
                 if condition is not None and condition.embeds is not None:
                     texts[name] = condition.embeds.expand(n, -1, -1)
                 else:  # replaced layer by layer
@@ -198,15 +196,19 @@ class GuidedDenoiser:
             if gathered.get("timestep_cond") is not None and len(gathered["timestep_cond"]) == n:
                 gathered["timestep_cond"] = gathered["timestep_cond"].repeat(len(names), 1)
             with contextlib.ExitStack() as stack:
-                denoise = stack.enter_context(self.host_weights.in_use(self.denoise)) if names == ["host"] else self.denoise
+                denoise = self.denoise
+                if names == ["host"]:
+                    stack.enter_context(self.host.in_use())
+                    denoise = denoise if self.host.denoiser is None else self.host.denoiser.forward
                 if "fidelity" in names:
                     first = names.index("fidelity") * n
                     self.fidelity.rows, self.fidelity.maps = slice(first, first + n), maps
                     stack.enter_context(self.fidelity.attached(self.layers))
-                if "host" in names and self.host_stream is not None:
+                if "host" in names and self.host_condition.stream_at is not None:
                     first = names.index("host") * n
-                    self.host_stream.rows = slice(first, first + n)
-                    stack.enter_context(self.host_stream.attached(self.host_layers))
+                    stream = self.host_condition.stream_at(kwargs["timestep"])
+                    stream.rows = slice(first, first + n)
+                    stack.enter_context(stream.attached(self.host_layers))
                 predicted = denoise(
                     torch.cat([sample[:n]] * len(names)),
                     encoder_hidden_states=torch.cat([texts[name] for name in names]),
@@ -222,7 +224,7 @@ class GuidedDenoiser:
             "null": stock[:n],
             "editability": stock[n:],
             "fidelity": self.subject and self.subject.pooled.expand(n, -1),
-            "host": self.host and self.host.pooled,
+            "host": self.host_condition and self.host_condition.pooled,
         }
         return torch.cat([pooled[name] for name in names])
 

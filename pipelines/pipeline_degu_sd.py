@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from degu.pipelines.cae_encoding import Sequencer, cae_sequence, encode_cae
 from degu.pipelines.degu_mixin import extends
 from degu.pipelines.families import SD
+from degu.pipelines.hosts.host import Host
 from degu.pipelines.output import StableDiffusionDeGuPipelineOutput
 from degu.pipelines.unet_mixin import UNetDeGuMixin
 
@@ -42,6 +43,7 @@ class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
         host_prompt: str | list[str] | None = None,
         host_prompt_embeds: torch.Tensor | None = None,
         host_guidance_scale: float | None = None,
+        host: Host | None = None,
         host_weights: str = "all",
         host_unet: torch.nn.Module | None = None,
         subject_mask: Any = None,
@@ -57,7 +59,8 @@ class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
                 LoRA; one, or one per prompt. Turns the host stream on; image prompts (IP-Adapter) then go to it alone.
             host_prompt_embeds: instead of `host_prompt`, (prompts or 1, tokens, dim).
             host_guidance_scale: w_h; by default the family's.
-            host_weights: where loaded LoRA adapters act: "all" streams, or the "host" stream alone, which is then evaluated apart
+            host: a method that diffusers cannot load (`degu.pipelines.hosts.host.Host`), e.g. NeTI; None: what the pipeline has loaded.
+            host_weights: where loaded LoRA adapters (and Custom Diffusion's weights) act: "all" streams, or the "host" stream alone, which is then evaluated apart
                 from the others.
             host_unet: a fine-tuned denoiser (DreamBooth) that evaluates the host stream instead of the pipeline's.
             subject_mask: the user's own mask instead of the one read from attention: PIL, array or tensor, (h, w) or
@@ -74,7 +77,8 @@ class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
             args,
             kwargs,
             fidelity_guidance_scale=fidelity_guidance_scale,
-            host={"prompt": host_prompt, "prompt_embeds": host_prompt_embeds},
+            host=host,
+            host_texts={"prompt": host_prompt, "prompt_embeds": host_prompt_embeds},
             host_guidance_scale=host_guidance_scale,
             host_weights=host_weights,
             host_denoiser=host_unet,

@@ -13,6 +13,7 @@ from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.pipelines.degu_mixin import DeGuMixin, extends
 from degu.pipelines.families import SD3
 from degu.pipelines.guided_denoiser import Masking
+from degu.pipelines.hosts.host import Host
 from degu.pipelines.output import StableDiffusion3DeGuPipelineOutput
 from degu.pipelines.streams import Condition
 from degu.pipelines.tcam import TcamConfig
@@ -118,6 +119,7 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         host_prompt_embeds: torch.Tensor | None = None,
         host_pooled_prompt_embeds: torch.Tensor | None = None,
         host_guidance_scale: float | None = None,
+        host: Host | None = None,
         host_weights: str = "all",
         host_transformer: torch.nn.Module | None = None,
         subject_mask: Any = None,
@@ -134,6 +136,7 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
                 prompts (IP-Adapter) then go to it alone.
             host_prompt_embeds, host_pooled_prompt_embeds: instead, (prompts or 1, tokens, dim) and (prompts or 1, dim).
             host_guidance_scale: w_h; by default the family's.
+            host: a method that diffusers cannot load (`degu.pipelines.hosts.host.Host`); None: what the pipeline has loaded.
             host_weights: where loaded LoRA adapters act: "all" streams, or the "host" stream alone, which is then evaluated apart
                 from the others.
             host_transformer: a fine-tuned denoiser (DreamBooth) that evaluates the host stream instead of the pipeline's.
@@ -146,7 +149,7 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         Raises:
             ValueError: a scale without the CAE or host prompt it belongs to; a mask or host prompts of the wrong shape.
         """
-        host = {
+        texts = {
             "prompt": host_prompt,
             "prompt_2": host_prompt_2,
             "prompt_3": host_prompt_3,
@@ -159,6 +162,7 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
             kwargs,
             fidelity_guidance_scale=fidelity_guidance_scale,
             host=host,
+            host_texts=texts,
             host_guidance_scale=host_guidance_scale,
             host_weights=host_weights,
             host_denoiser=host_transformer,

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from degu.pipelines.cae_encoding import Sequencer, cae_sequence, encode_cae_xl
 from degu.pipelines.degu_mixin import extends
 from degu.pipelines.families import SDXL
+from degu.pipelines.hosts.host import Host
 from degu.pipelines.output import StableDiffusionXLDeGuPipelineOutput
 from degu.pipelines.unet_mixin import UNetDeGuMixin
 
@@ -49,6 +50,7 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
         host_prompt_embeds: torch.Tensor | None = None,
         host_pooled_prompt_embeds: torch.Tensor | None = None,
         host_guidance_scale: float | None = None,
+        host: Host | None = None,
         host_weights: str = "all",
         host_unet: torch.nn.Module | None = None,
         subject_mask: Any = None,
@@ -65,7 +67,8 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
                 then go to it alone.
             host_prompt_embeds, host_pooled_prompt_embeds: instead, (prompts or 1, tokens, dim) and (prompts or 1, dim).
             host_guidance_scale: w_h; by default the family's.
-            host_weights: where loaded LoRA adapters act: "all" streams, or the "host" stream alone, which is then evaluated apart
+            host: a method that diffusers cannot load (`degu.pipelines.hosts.host.Host`), e.g. NeTI; None: what the pipeline has loaded.
+            host_weights: where loaded LoRA adapters (and Custom Diffusion's weights) act: "all" streams, or the "host" stream alone, which is then evaluated apart
                 from the others.
             host_unet: a fine-tuned denoiser (DreamBooth) that evaluates the host stream instead of the pipeline's.
             subject_mask: the user's own mask instead of the one read from attention: PIL, array or tensor, (h, w) or
@@ -77,7 +80,7 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
         Raises:
             ValueError: a scale without the CAE or host prompt it belongs to; a mask or host prompts of the wrong shape.
         """
-        host = {
+        texts = {
             "prompt": host_prompt,
             "prompt_2": host_prompt_2,
             "prompt_embeds": host_prompt_embeds,
@@ -89,6 +92,7 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
             kwargs,
             fidelity_guidance_scale=fidelity_guidance_scale,
             host=host,
+            host_texts=texts,
             host_guidance_scale=host_guidance_scale,
             host_weights=host_weights,
             host_denoiser=host_unet,

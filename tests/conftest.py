@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from degu.attention_processors import cross_attention_layers
-from degu.pipelines import StableDiffusionDeGuPipeline
+from degu.pipelines import StableDiffusion3DeGuPipeline, StableDiffusionDeGuPipeline, StableDiffusionXLDeGuPipeline
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.pipelines.self_contained import self_contained_source
 
@@ -182,6 +182,34 @@ def loaded(pipe) -> StableDiffusionDeGuPipeline:
 def noise(count: int = 1, side: int = 16, seed: int = 0) -> torch.Tensor:
     """Starting latents; row i depends on i alone."""
     return torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
+
+
+FAMILIES = {
+    "sd": (tiny_stock, StableDiffusionDeGuPipeline, 16, "host_unet"),
+    "sdxl": (tiny_stock_xl, StableDiffusionXLDeGuPipeline, 32, "host_unet"),
+    "sd3": (tiny_stock_3, StableDiffusion3DeGuPipeline, 16, "host_transformer"),
+}
+
+
+def with_subject(family: str, weights=lambda module: None):
+    """A pipeline with a CAE; `weights` changes its denoiser first."""
+    stock, cls, side, _ = FAMILIES[family]
+    pipe = cls.from_pipe(stock())
+    pipe.set_progress_bar_config(disable=True)
+    if family == "sdxl":
+        pipe.enable_tcam(resolutions=(1 / 2,))
+    weights(pipe._denoiser)
+    pipe.load_cae_embeddings(as_dict(random_cae(pipe)))
+    return pipe
+
+
+def latents_of(pipe, **kwargs):
+    side = pipe._denoiser.config.sample_size
+    return pipe("a dog in the snow", num_inference_steps=3, output_type="latent", latents=noise(side=side), **kwargs).images
+
+
+def close(made: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def load_random_ip_adapter(pipe) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Mapping, Sequence
 
 if TYPE_CHECKING:
-    from degu.training.host_method import HostMethod
+    from degu.training.hosts import HostMethod
 
 ADAMW_LEARNING_RATE = 5e-4  # per example of the joint batch; chosen by the sweep in examples/
 PRODIGY_LEARNING_RATE = 1.0
@@ -32,6 +32,9 @@ def parse_host_args(argv: Sequence[str] | None, methods: Mapping[str, type[HostM
     host.add_argument("--instance_prompt", default=None, help="for methods that learn weights; by default 'a photo of sks' and the class noun")
     host.add_argument("--num_tokens", type=int, default=1, help="learned vectors, for methods that learn a token")
     host.add_argument("--rank", type=int, default=8, help="of LoRA")
+    host.add_argument("--unet_train_steps", type=int, default=1000, help="of CoRe's second stage, which fine-tunes the denoiser")
+    host.add_argument("--unet_train_batch_size", type=int, default=4, help="of CoRe's second stage")
+    host.add_argument("--unet_learning_rate", type=float, default=2e-6, help="of CoRe's second stage")
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--method", choices=list(methods))
     method = first.parse_known_args(argv)[0].method

@@ -178,13 +178,15 @@ def train(args, new_method: type[Method]) -> None:
             block = (step * args.gradient_accumulation_steps + micro) * accelerator.num_processes + accelerator.process_index
             examples = range(block * args.train_batch_size, (block + 1) * args.train_batch_size)
             batch = draw_batch(cache, examples, backbone.num_train_timesteps, args.seed)
-            with method.conditioned(examples) as condition:
+            with method.conditioned(examples, batch) as condition:
                 with accelerator.autocast():
                     loss = method.loss(condition, batch)
                 accelerator.backward(loss)  # divided by the number of micro-batches
             losses.append(accelerator.gather(loss.detach()).mean())
         average_gradients(accelerator, parameters)
+        method.before_step(step)
         optimizer.step()
+        method.after_step(step)
         schedule.step()
         optimizer.zero_grad()
         step += 1

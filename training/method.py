@@ -37,8 +37,8 @@ class Method(ABC):
         self.backbone, self.args = backbone, args
 
     @abstractmethod
-    def conditioned(self, examples: range) -> contextlib.AbstractContextManager[Condition]:
-        """While it lasts, the denoiser is conditioned as the examples of these numbers want it; yields what it is told.
+    def conditioned(self, examples: range, batch: Batch) -> contextlib.AbstractContextManager[Condition]:
+        """While it lasts, the denoiser is conditioned as the examples of these numbers, which are `batch`, want it; yields what it is told.
 
         The backward pass belongs inside: gradient checkpointing evaluates the denoiser a second time.
         """
@@ -46,6 +46,12 @@ class Method(ABC):
     def loss(self, condition: Condition, batch: Batch) -> torch.Tensor:
         """The model's own denoising loss; scalar."""
         return self.backbone.loss(condition, batch)
+
+    def before_step(self, step: int) -> None:
+        """Called before the optimizer changes what is learned; steps count from 0."""
+
+    def after_step(self, step: int) -> None:
+        """Called after it."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What `load_state_dict` needs to continue."""

@@ -101,12 +101,15 @@ class StableDiffusionBackbone:
         """The denoiser's prediction for noisy latents, of their shape."""
         return self.denoiser(noisy, batch.timesteps, condition.embeds).sample
 
+    def noisy(self, batch: Batch) -> torch.Tensor:
+        """The scaled latents with their noise, as the denoiser takes them."""
+        return self.noise_scheduler.add_noise(batch.latents * self.vae.config.scaling_factor, batch.noise, batch.timesteps).to(self.denoiser.dtype)
+
     def loss(self, condition: Condition, batch: Batch) -> torch.Tensor:
         """Mean squared error of the prediction (Eq. 4), noise or velocity as the model was trained; scalar."""
         scheduler = self.noise_scheduler
         latents = batch.latents * self.vae.config.scaling_factor
-        noisy = scheduler.add_noise(latents, batch.noise, batch.timesteps)
-        predicted = self.predict(noisy.to(self.denoiser.dtype), condition, batch).float()
+        predicted = self.predict(self.noisy(batch), condition, batch).float()
         kind = scheduler.config.prediction_type
         if kind == "epsilon":
             target = batch.noise

@@ -12,6 +12,7 @@ from typing import Iterator, Mapping, Sequence
 from degu.pipelines.streams import Condition
 from degu.training.arguments import ADAMW_LEARNING_RATE, parse_args
 from degu.training.embeddings import LearnedEmbeddings
+from degu.training.latent_cache import Batch
 from degu.training.loop import train
 from degu.training.method import EmbeddingsFileMethod
 from degu.training.model_card import write_model_card
@@ -29,7 +30,7 @@ class ContextAgnosticEmbeddingsMethod(EmbeddingsFileMethod):
         self.learned = LearnedEmbeddings(backbone.initial_embeddings(args.class_noun), sets, args.num_tokens)
         self.description = f"{sets} x {args.num_tokens} embeddings"
 
-    def conditioned(self, examples: range) -> contextlib.AbstractContextManager[Condition]:
+    def conditioned(self, examples: range, batch: Batch) -> contextlib.AbstractContextManager[Condition]:
         return self.backbone.conditioned_on(self.learned(), len(examples))
 
     @contextlib.contextmanager

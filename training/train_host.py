@@ -8,13 +8,16 @@ from __future__ import annotations
 from typing import Sequence
 
 from degu.training.arguments import parse_host_args
-from degu.training.host_method import METHODS
+from degu.training.hosts import METHODS
 from degu.training.loop import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_host_args(argv, METHODS)
-    train(args, METHODS[args.method])
+    method = METHODS[args.method]
+    train(args, method)
+    if method.then is not None:
+        train(method.then.arguments(args), method.then)
 
 
 if __name__ == "__main__":

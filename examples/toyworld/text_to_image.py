@@ -31,6 +31,7 @@ class Recipe(ABC):
     """A family's stock pipeline with a new denoiser, its other parts read from `models_dir` and frozen."""
 
     name: str
+    folder: str = "unet"  # of the denoiser, in the pipeline's
     denoiser: torch.nn.Module
 
     def __init__(self, models_dir: Path) -> None:
@@ -133,6 +134,7 @@ class StableDiffusion3Recipe(Recipe):
     """Flow matching; three text encoders, T5 with at most 32 tokens (`max_sequence_length`)."""
 
     name = "sd3"
+    folder = "transformer"
 
     def new_pipeline(self) -> StableDiffusion3Pipeline:
         tokenizer_2 = CLIPTokenizer.from_pretrained(self.models_dir / "sdxl" / "tokenizer_2")

@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--stop_at", type=int, default=None)
     parser.add_argument("--batch", type=int, default=16, help="per process")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
+    parser.add_argument("--from_trained", action="store_true", help="start from the denoiser in --models_dir rather than from a new one")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser: minutes at the start, a quarter less time per step")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,10 @@ def main() -> None:
     recipe = RECIPES[args.family](args.models_dir)
     latents = cached_latents(recipe.vae.to(memory_format=torch.channels_last), args.work_dir / f"latents{rank}.npy", args.pictures, rank)
     recipe.pipeline.to(device)
-    recipe.start([caption(picture(i, 0), np.random.default_rng(i)) for i in range(1000)])
+    if args.from_trained:
+        recipe.denoiser.load_state_dict(type(recipe.denoiser).from_pretrained(args.models_dir / args.family / recipe.folder).state_dict())
+    else:
+        recipe.start([caption(picture(i, 0), np.random.default_rng(i)) for i in range(1000)])
     denoiser = torch.compile(recipe.denoiser) if args.compile else recipe.denoiser
 
     def loss_of(step: int, rng: np.random.Generator) -> torch.Tensor:
