@@ -1,15 +1,16 @@
 """Other personalization methods on the small Stable Diffusion, alone and with DeGu attached, as in the paper's Table 1.
 
-python examples/hosts.py [--methods ti dti p_plus lora dreambooth]
+python examples/hosts.py [--methods ti dti p_plus neti lora dreambooth custom_diffusion core]
 
 Each host is trained by `training/train_host.py` and loaded as its users load it. Its rows: alone; with DeGu, its weights in all
 streams and, where it has any, in its own stream alone; and the paper's control (appendix G.4): the host's condition in all three
-places, with the same scales and a mask from its own attention (not for P+, whose tokens differ from layer to layer).
+places, with the same scales and a mask from its own attention (not for P+ and NeTI, whose tokens differ from layer to layer).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Iterator
@@ -24,12 +25,15 @@ from toyworld.oracle import Oracle
 from toyworld.references import new_scenes, reference_pictures, rendered, subject_of
 from toyworld.scores import scores, table
 
+from degu.pipelines.hosts import NeTI
 from degu.training.train_host import main as train_host
 
 # Steps scaled down for a model this small, and a learning rate of LoRA's that suits it; all else is the script's default.
 METHODS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "ti": (400, ()), "dti": (400, ()), "p_plus": (400, ()), "lora": (400, ("--learning_rate", "1e-3")), "dreambooth": (400, ()),
+    "ti": (400, ()), "dti": (400, ()), "p_plus": (400, ()), "neti": (300, ()), "lora": (400, ("--learning_rate", "1e-3")), "dreambooth": (400, ()),
+    "custom_diffusion": (250, ("--learning_rate", "1e-3")), "core": (200, ("--unet_train_steps", "200", "--unet_learning_rate", "1e-4")),
 }  # fmt: skip
+LAYERWISE = ("p_plus", "neti")
 SCALES = {"host_guidance_scale": 2.0, "guidance_scale": 2.0, "fidelity_guidance_scale": 4.0}
 
 
@@ -69,40 +73,56 @@ def entangled(pipe, model: ShippedModel, cae: Path):
     return made
 
 
+@contextlib.contextmanager
+def loaded(pipe, method: str, folder: Path, noun: str) -> Iterator[tuple[str, dict]]:
+    """While it lasts, `pipe` has the host loaded as its users load it; yields what stands for the subject in its prompts, and what a
+    call has to be told."""
+    own, subject = pipe.unet, pipe.get_active_cae_adapter()
+    if method in ("ti", "dti", "custom_diffusion", "core"):
+        pipe.load_textual_inversion(folder, weight_name="learned_embeds.safetensors", token="<my-subject>")
+    try:
+        if method == "p_plus":
+            pipe.load_cae_embeddings(folder, adapter_name="my-subject")
+            pipe.set_cae_adapter(subject)
+        elif method == "lora":
+            pipe.load_lora_weights(folder)
+        elif method == "custom_diffusion":
+            pipe.unet.load_attn_procs(folder, weight_name="pytorch_custom_diffusion_weights.safetensors", _pipeline=pipe)
+        elif method in ("dreambooth", "core"):
+            pipe.unet = UNet2DConditionModel.from_pretrained(folder / ("unet" if method == "dreambooth" else "fine_tuned/unet"))
+        word = {"lora": f"sks {noun}", "dreambooth": f"sks {noun}", "custom_diffusion": f"<my-subject> {noun}"}.get(method, "<my-subject>")
+        yield word, {"host": NeTI.from_file(folder, token="<my-subject>")} if method == "neti" else {}
+    finally:
+        pipe.unet = own
+        if method == "p_plus":
+            pipe.unload_cae_embeddings("my-subject")
+        elif method == "lora":
+            pipe.unload_lora_weights()
+        elif method == "custom_diffusion":
+            pipe.unet.set_default_attn_processor()
+        if method in ("ti", "dti", "custom_diffusion", "core"):
+            pipe.unload_textual_inversion()
+
+
 def ways(pipe, model: ShippedModel, method: str, cae: Path, host: Path, prompts: list[str], noun: str, **shared) -> Iterator[tuple[str, list]]:
     """Name and pictures of each way to use the host at `host`; everything is unloaded again afterwards."""
-    word = "<my-subject>" if method in ("ti", "dti", "p_plus") else f"sks {noun}"
-    host_prompts = [prompt.replace(noun, word, 1) for prompt in prompts]
     own = pipe.unet
-    if method in ("ti", "dti"):
-        pipe.load_textual_inversion(host, weight_name="learned_embeds.safetensors", token=word)
-    elif method == "lora":
-        pipe.load_lora_weights(host)
-    elif method == "p_plus":
-        subject = pipe.get_active_cae_adapter()
-        pipe.load_cae_embeddings(host, adapter_name="my-subject")
-        pipe.set_cae_adapter(subject)
-    else:
-        pipe.unet = UNet2DConditionModel.from_pretrained(host / "unet")
-    if method == "p_plus":  # guidance on the host stream alone is stock's guidance on its prompt
-        alone = {"host_prompt": host_prompts, "guidance_scale": 0.0, "host_guidance_scale": model.guidance_scale}
-        yield method, pipe(prompts, fidelity_guidance_scale=0.0, **alone, **shared).images
-    else:
-        yield method, pipe(host_prompts, fidelity_guidance_scale=0.0, guidance_scale=model.guidance_scale, **shared).images
-    yield f"{method} + DeGu", pipe(prompts, host_prompt=host_prompts, **SCALES, **shared).images
-    if method != "p_plus":
-        yield f"{method}, control", entangled(pipe, model, cae).generate(host_prompts, **SCALES, **shared)
-    if method == "lora":
-        yield "lora + DeGu, host weights apart", pipe(prompts, host_prompt=host_prompts, host_weights="host", **SCALES, **shared).images
-    if method == "dreambooth":
-        tuned, pipe.unet = pipe.unet, own
-        yield "dreambooth + DeGu, host weights apart", pipe(prompts, host_prompt=host_prompts, host_unet=tuned, **SCALES, **shared).images
-    if method in ("ti", "dti"):
-        pipe.unload_textual_inversion()
-    elif method == "lora":
-        pipe.unload_lora_weights()
-    elif method == "p_plus":
-        pipe.unload_cae_embeddings("my-subject")
+    with loaded(pipe, method, host, noun) as (word, told):
+        host_prompts = [prompt.replace(noun, word, 1) for prompt in prompts]
+        if method in LAYERWISE:  # guidance on the host stream alone is stock's guidance on its prompt
+            alone = {"host_prompt": host_prompts, "guidance_scale": 0.0, "host_guidance_scale": model.guidance_scale}
+            yield method, pipe(prompts, fidelity_guidance_scale=0.0, **alone, **told, **shared).images
+        else:
+            yield method, pipe(host_prompts, fidelity_guidance_scale=0.0, guidance_scale=model.guidance_scale, **shared).images
+        yield f"{method} + DeGu", pipe(prompts, host_prompt=host_prompts, **told, **SCALES, **shared).images
+        if method in ("lora", "custom_diffusion"):
+            yield f"{method} + DeGu, host weights apart", pipe(prompts, host_prompt=host_prompts, host_weights="host", **SCALES, **shared).images
+        if method in ("dreambooth", "core"):
+            tuned, pipe.unet = pipe.unet, own
+            yield f"{method} + DeGu, host weights apart", pipe(prompts, host_prompt=host_prompts, host_unet=tuned, **SCALES, **shared).images
+            pipe.unet = tuned
+        if method not in LAYERWISE:
+            yield f"{method}, control", entangled(pipe, model, cae).generate(host_prompts, **SCALES, **shared)
 
 
 def main() -> None:
