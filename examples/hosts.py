@@ -28,23 +28,30 @@ from toyworld.scores import scores, table
 from degu.pipelines.hosts import NeTI
 from degu.training.train_host import main as train_host
 
-# Steps scaled down for a model this small, and a learning rate of LoRA's that suits it; all else is the script's default.
-METHODS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "ti": (400, ()), "dti": (400, ()), "p_plus": (400, ()), "neti": (300, ()), "lora": (400, ("--learning_rate", "1e-3")), "dreambooth": (400, ()),
-    "custom_diffusion": (250, ("--learning_rate", "1e-3")), "core": (200, ("--unet_train_steps", "200", "--unet_learning_rate", "1e-4")),
-}  # fmt: skip
+# Steps and batches scaled down for a model this small, and learning rates that suit it; all else is the script's default.
+METHODS: dict[str, dict[str, float]] = {
+    "ti": {"max_train_steps": 400, "train_batch_size": 4},
+    "dti": {"max_train_steps": 400},
+    "p_plus": {"max_train_steps": 400, "train_batch_size": 4},
+    "neti": {"max_train_steps": 400, "train_batch_size": 4},
+    "lora": {"max_train_steps": 300, "learning_rate": 1e-3},
+    "dreambooth": {"max_train_steps": 400},
+    "custom_diffusion": {"max_train_steps": 300, "train_batch_size": 4, "learning_rate": 1e-3},
+    "core": {"max_train_steps": 300, "train_batch_size": 4, "unet_train_steps": 200, "unet_learning_rate": 1e-4},
+}
 LAYERWISE = ("p_plus", "neti")
 SCALES = {"host_guidance_scale": 2.0, "guidance_scale": 2.0, "fidelity_guidance_scale": 4.0}
 
 
 def host_of(method: str, model: ShippedModel, subject: int, folder: Path, steps: int | None = None) -> Path:
     """Trains the method on the subject's references, `steps` long or as suits the model; returns its folder."""
-    own_steps, options = METHODS[method]
     output = folder / f"{method}-{subject}"
     if not (output / "done").exists():
+        options = {name: steps if steps and name.endswith("train_steps") else value for name, value in METHODS[method].items()}
         train_host([
             "--method", method, "--pretrained_model_name_or_path", str(model.folder), "--instance_data_dir", str(written_references(subject, folder)),
-            "--class_noun", subject_of(subject).kind, "--output_dir", str(output), "--report_to", "none", "--max_train_steps", str(steps or own_steps), *options,
+            "--class_noun", subject_of(subject).kind, "--output_dir", str(output), "--report_to", "none",
+            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
         ])  # fmt: skip
         (output / "done").touch()
     return output

@@ -50,9 +50,10 @@ def test_ablation(family):
 
 def test_hosts(tmp_path):
     printed = run("examples/hosts.py", "--subjects", "14", "--scenes", "1", "--seeds", "1", "--train_steps", "2", "--work_dir", str(tmp_path))
-    for method in ("ti", "dti", "p_plus", "lora", "dreambooth"):
+    for method in ("ti", "dti", "p_plus", "neti", "lora", "dreambooth", "custom_diffusion", "core"):
         assert f"| {method} |" in printed and f"| {method} + DeGu |" in printed
     assert "| lora + DeGu, host weights apart |" in printed and "| ti, control |" in printed
+    assert "| core + DeGu, host weights apart |" in printed and "| neti, control |" not in printed
 
 
 def test_attention_collapse(tmp_path):

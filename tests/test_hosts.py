@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import DIM, DIM_2, FAMILIES, as_dict, close, latents_of, noise, random_cae, tiny_stock, with_subject
+from conftest import DIM, DIM_2, FAMILIES, ROOT, as_dict, close, latents_of, noise, random_cae, tiny_stock, with_subject
 from peft import LoraConfig
 from reference import RecordingAttention, reference_latents
 from safetensors.torch import load_file, save_file
@@ -198,6 +198,17 @@ def test_errors():
     pipe.unet.fuse_lora()
     with pytest.raises(ValueError, match="call `unfuse_lora"):
         latents_of(pipe, host_prompt="a dog", host_weights="host")
+
+
+def test_the_readmes_host():
+    """As it is written there; it is what the same embeddings are without a class for it."""
+    code = (ROOT / "README.md").read_text().split("<!-- a host -->\n```python\n")[1].split("```")[0]
+    pipe, shared = with_subject("sd"), {"num_inference_steps": 2}
+    scope = {"pipe": lambda *args, **kwargs: pipe(*args, **kwargs, **shared, latents=noise())}
+    exec(code, scope)
+    embeds = [pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in ("a dog in the snow", "a wolf in the snow")]
+    expected = pipe("a dog in the snow", host_prompt_embeds=sum(embeds) / 2, latents=noise(), **shared).images[0]
+    assert scope["image"].tobytes() == expected.tobytes()
 
 
 # --- Custom Diffusion ---
