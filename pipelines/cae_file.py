@@ -10,8 +10,9 @@ from typing import Collection, Mapping
 
 import torch
 from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from degu.pipelines.safetensors_file import read_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -71,21 +72,8 @@ def read_cae(path: str | os.PathLike, family: str, dims: Mapping[str, int], unus
     Raises:
         ValueError: the file is damaged, not a CAE, or made for another kind of model; the message says which.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file (damaged, truncated, or another format): {error}.") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a CAE file: its metadata has format {metadata.get('format')!r}, expected {FORMAT!r}. "
-            "CAE files are written by training/train_cae.py; textual inversions and LoRAs have loaders of their own."
-        )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has CAE format version {metadata.get('format_version')!r}; this version of degu reads {FORMAT_VERSION!r}."
-        )
+    hint = "CAE files are written by training/train_cae.py; textual inversions and LoRAs have loaders of their own."
+    metadata, tensors = read_tensors(path, "CAE", FORMAT, FORMAT_VERSION, hint)
     return parse_cae(tensors, family, dims, unused, source=str(path), metadata=metadata)
 
 

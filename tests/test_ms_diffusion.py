@@ -194,8 +194,8 @@ def test_errors(saved, tmp_path):
     del adapter.to_k["3"]
     with pytest.raises(ValueError, match="for another U-Net"):
         latents_of(pipe, host=host_of(adapter), host_prompt="a dog")
-    with pytest.raises(FileNotFoundError, match="There is no"):
+    with pytest.raises(FileNotFoundError, match="nothing"):
         MSAdapter.from_file(tmp_path / "nothing.safetensors")
     torch.save(weights, tmp_path / "ms_adapter.bin")
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file .* Convert"):
         MSAdapter.from_file(tmp_path / "ms_adapter.bin")

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import IPAdapterPlusImageProjectionBlock
 from PIL import Image
-from safetensors import safe_open
 from transformers import CLIPImageProcessor
 
 from degu.attention_processors import CrossAttentionLayer, LayerwiseAttnProcessor, LayerwiseStream
 from degu.pipelines.hosts.host import HostCondition, LoadedHost
 from degu.pipelines.hosts.host_weights import HostWeights
+from degu.pipelines.safetensors_file import read_tensors
 
 FORMAT, FORMAT_VERSION = "degu-ms-diffusion", "1"
 HEAD_DIM = 64  # of the resampler's attention, in all that is published
@@ -95,16 +95,8 @@ class MSAdapter(torch.nn.Module):
             FileNotFoundError: no such file.
             ValueError: not what the conversion writes.
         """
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"There is no {file}.")
-        try:
-            with safe_open(file, "pt") as opened:
-                metadata, state = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
-        except Exception as error:  # safetensors has no class of its own for what can be wrong with a file
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); convert ms_adapter.bin with `python -m degu.pipelines.hosts.convert_ms_diffusion`.") from error
-        if (metadata.get("format"), metadata.get("format_version")) != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"{file} is a {metadata.get('format')!r} file of version {metadata.get('format_version')!r}, not {FORMAT!r} of version {FORMAT_VERSION!r}.")
-        return cls(state)
+        hint = "Convert ms_adapter.bin with `python -m degu.pipelines.hosts.convert_ms_diffusion`."
+        return cls(read_tensors(file, "MS-Diffusion adapter", FORMAT, FORMAT_VERSION, hint)[1])
 
     def of_layers(self, unet: torch.nn.Module) -> dict[str, tuple[torch.nn.Linear, torch.nn.Linear]]:
         """Keys' and values' weights by the layer's name.

@@ -8,12 +8,12 @@ from typing import Any, Mapping
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from degu.attention_processors import LayerwiseStream
 from degu.pipelines.cae_encoding import encode_with_rows, prompt_with_embeddings
 from degu.pipelines.hosts.host import Host, HostCondition
+from degu.pipelines.safetensors_file import read_tensors
 
 FORMAT, FORMAT_VERSION = "degu-neti", "1"
 DEFAULT_NAME = "neti_mapper.safetensors"
@@ -82,16 +82,8 @@ def load_mapper(file: str | Path) -> NeTIMapper:
         ValueError: not a mapper's.
     """
     path = Path(file) / DEFAULT_NAME if Path(file).is_dir() else Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}.")
-    try:
-        with safe_open(path, "pt") as opened:
-            metadata = opened.metadata() or {}
-            state = {name: opened.get_tensor(name) for name in opened.keys()}
-    except Exception as error:  # safetensors has no class of its own for what can be wrong with a file
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); convert NeTI's own with `python -m degu.pipelines.hosts.convert_neti`.") from error
-    if (metadata.get("format"), metadata.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path} is a {metadata.get('format')!r} file of version {metadata.get('format_version')!r}, not {FORMAT!r} of version {FORMAT_VERSION!r}.")
+    hint = "Convert what NeTI's own code has saved with `python -m degu.pipelines.hosts.convert_neti`."
+    metadata, state = read_tensors(path, "NeTI mapper", FORMAT, FORMAT_VERSION, hint)
     mapper = mapper_for(state, **json.loads(metadata["config"]))
     mapper.load_state_dict(state)
     return mapper.eval().requires_grad_(False)
