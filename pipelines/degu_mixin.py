@@ -283,7 +283,10 @@ class DeGuMixin(CaeLoaderMixin, ABC):
         if scope not in ("all", "host"):
             raise ValueError(f"`host_weights` is {scope!r}; it can be 'all' (its weights act in all streams) or 'host' (in its own alone).")
         if host_scale == 0 and (denoiser is not None or host is not None or scope == "host"):
-            raise ValueError("`host`, `host_weights` and the host's denoiser are for the host stream, but there is no host stream: give `host_prompt`, and a `host_guidance_scale` that is not 0.")
+            raise ValueError(
+                "`host`, `host_weights` and the host's denoiser are for the host stream, but there is no host stream: give `host_prompt`, "
+                "and a `host_guidance_scale` that is not 0."
+            )
         if host is not None:
             if denoiser is not None or scope == "host":
                 raise ValueError("`host` says itself what of the model is its own: leave `host_weights` and the host's denoiser out.")

@@ -60,8 +60,8 @@ class StableDiffusionDeGuPipeline(UNetDeGuMixin, StableDiffusionPipeline):
             host_prompt_embeds: instead of `host_prompt`, (prompts or 1, tokens, dim).
             host_guidance_scale: w_h; by default the family's.
             host: a method that diffusers cannot load (`degu.pipelines.hosts.host.Host`), e.g. NeTI; None: what the pipeline has loaded.
-            host_weights: where loaded LoRA adapters (and Custom Diffusion's weights) act: "all" streams, or the "host" stream alone, which is then evaluated apart
-                from the others.
+            host_weights: where loaded LoRA adapters and Custom Diffusion's weights act: "all" streams, or the "host" stream alone,
+                which is then evaluated apart from the others.
             host_unet: a fine-tuned denoiser (DreamBooth) that evaluates the host stream instead of the pipeline's.
             subject_mask: the user's own mask instead of the one read from attention: PIL, array or tensor, (h, w) or
                 (images, h, w), 1 or white on the subject.

@@ -68,8 +68,8 @@ class StableDiffusionXLDeGuPipeline(UNetDeGuMixin, StableDiffusionXLPipeline):
             host_prompt_embeds, host_pooled_prompt_embeds: instead, (prompts or 1, tokens, dim) and (prompts or 1, dim).
             host_guidance_scale: w_h; by default the family's.
             host: a method that diffusers cannot load (`degu.pipelines.hosts.host.Host`), e.g. NeTI; None: what the pipeline has loaded.
-            host_weights: where loaded LoRA adapters (and Custom Diffusion's weights) act: "all" streams, or the "host" stream alone, which is then evaluated apart
-                from the others.
+            host_weights: where loaded LoRA adapters and Custom Diffusion's weights act: "all" streams, or the "host" stream alone,
+                which is then evaluated apart from the others.
             host_unet: a fine-tuned denoiser (DreamBooth) that evaluates the host stream instead of the pipeline's.
             subject_mask: the user's own mask instead of the one read from attention: PIL, array or tensor, (h, w) or
                 (images, h, w), 1 or white on the subject.

@@ -22,6 +22,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -227,6 +229,17 @@ def load_random_ip_adapter(pipe) -> None:
     projection = {"proj.weight": torch.randn(4 * dim, DIM), "proj.bias": torch.zeros(4 * dim), "norm.weight": torch.ones(dim), "norm.bias": torch.zeros(dim)}
     pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": weights}])
     pipe.set_ip_adapter_scale(1.0)
+
+
+def load_random_ip_adapter_3(pipe) -> None:
+    """An image prompt for SD 3's transformer; embeddings of (1, 4, 6) per picture."""
+    torch.manual_seed(3)
+    options = {"hidden_size": 16, "ip_hidden_states_dim": 16, "head_dim": 8, "timesteps_emb_dim": 16, "scale": 1.0}
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.processor = SD3IPAdapterJointAttnProcessor2_0(**options)
+    pipe.transformer.image_proj = IPAdapterTimeImageProjection(
+        embed_dim=6, output_dim=16, hidden_dim=16, depth=1, dim_head=8, heads=2, num_queries=4, timestep_in_dim=16
+    )
 
 
 def load_as_custom_pipeline(model: Path, name: str, cls: type, folder: Path, self_contained: bool) -> None:

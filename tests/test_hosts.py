@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import DIM, DIM_2, FAMILIES, ROOT, as_dict, close, latents_of, noise, random_cae, tiny_stock, with_subject
+from conftest import DIM, DIM_2, FAMILIES, ROOT, as_dict, close, latents_of, load_random_ip_adapter, load_random_ip_adapter_3, noise, random_cae, tiny_stock, with_subject
 from peft import LoraConfig
 from reference import RecordingAttention, reference_latents
 from safetensors.torch import load_file, save_file
@@ -59,17 +59,25 @@ def test_adapters_act_in_the_host_stream_alone(family, sliced):
     assert not torch.allclose(alone, latents_of(bare, host_prompt="a red dog"), atol=1e-2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_host_alone_is_stocks_pipeline_with_that_host(family):
+@pytest.mark.parametrize("family, kind", [*((family, kind) for family in FAMILIES for kind in ("weights", "picture")), ("sd", "tokens"), ("sdxl", "tokens")])
+def test_the_host_alone_is_stocks_pipeline_with_that_host(family, kind):
     """Bit for bit, at w_e = w_f = 0 and w_h = stock's scale."""
-    pipe = with_subject(family, with_lora)
-    expected = latents_of(pipe, fidelity_guidance_scale=0.0, guidance_scale=4.0)
-    side = pipe._denoiser.config.sample_size
-    made = pipe(
-        "something else", host_prompt="a dog in the snow", guidance_scale=0.0, fidelity_guidance_scale=0.0, host_guidance_scale=4.0,
-        num_inference_steps=3, output_type="latent", latents=noise(side=side),
-    ).images  # fmt: skip
+    pipe, prompt, picture = with_subject(family, with_lora if kind == "weights" else lambda module: None), "a dog in the snow", {}
+    if kind == "tokens":
+        prompt = "a <my-dog> in the snow"
+        for i, (encoder, tokenizer) in enumerate(pipe._text_encoders().values()):
+            pipe.load_textual_inversion(torch.randn(2, (DIM, DIM_2)[i]), token="<my-dog>", text_encoder=encoder, tokenizer=tokenizer)
+    if kind == "picture" and family == "sd3":
+        load_random_ip_adapter_3(pipe)
+        picture = {"ip_adapter_image_embeds": torch.randn(2, 4, 6)}
+    elif kind == "picture":
+        load_random_ip_adapter(pipe)
+        picture = {"ip_adapter_image_embeds": [torch.randn(2, 1, DIM)]}
+    shared = dict(num_inference_steps=3, output_type="latent", latents=noise(side=pipe._denoiser.config.sample_size), fidelity_guidance_scale=0.0, **picture)
+    expected = pipe(prompt, guidance_scale=4.0, **shared).images
+    made = pipe("something else", host_prompt=prompt, guidance_scale=0.0, host_guidance_scale=4.0, **shared).images
     assert torch.equal(made, expected)
+    assert not torch.allclose(made, with_subject(family)("a dog in the snow", guidance_scale=4.0, **{**shared, "ip_adapter_image_embeds": None}).images, atol=1e-3)
 
 
 def test_adapters_are_as_before():

@@ -9,10 +9,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import DIM, TOKENS, as_dict, load_as_custom_pipeline, noise, random_cae, tiny_stock_3
+from conftest import DIM, TOKENS, as_dict, load_as_custom_pipeline, load_random_ip_adapter_3, noise, random_cae, tiny_stock_3
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
-from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from reference import reference_latents_3
 
 from degu.attention_processors import JointFidelityStream, joint_attention_layers
@@ -170,12 +169,8 @@ def test_host_embeddings_instead_of_prompts(loaded):
 
 def test_ip_adapter(loaded):
     """It guides the prompt's stream; with a host prompt, the host's alone. Masks are read as before."""
+    load_random_ip_adapter_3(loaded)
     transformer = loaded.transformer
-    torch.manual_seed(3)
-    options = {"hidden_size": 16, "ip_hidden_states_dim": 16, "head_dim": 8, "timesteps_emb_dim": 16, "scale": 1.0}
-    for block in transformer.transformer_blocks:
-        block.attn.processor = SD3IPAdapterJointAttnProcessor2_0(**options)
-    transformer.image_proj = IPAdapterTimeImageProjection(embed_dim=6, output_dim=16, hidden_dim=16, depth=1, dim_head=8, heads=2, num_queries=4, timestep_in_dim=16)
     embeds = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
     images = (embeds[:2], embeds[[0, 2]])  # the same negative, two pictures
     prompted, hosted = ([latents_of(loaded, ip_adapter_image_embeds=e, **options) for e in images] for options in ({}, {"host_prompt": "a dog"}))

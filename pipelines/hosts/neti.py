@@ -165,7 +165,8 @@ class NeTI(Host):
         encoder, tokenizer = pipe._text_encoders()["text_encoder"]
         found = encoder.get_input_embeddings().weight.shape[1], len(pipe._layers())
         if found != (self.mapper.dim, self.mapper.layers):
-            raise ValueError(f"This NeTI mapper is for embeddings of {self.mapper.dim} and {self.mapper.layers} layers; the pipeline has {found[0]} and {found[1]}.")
+            own = f"embeddings of {self.mapper.dim} and {self.mapper.layers} layers"
+            raise ValueError(f"This NeTI mapper is for {own}; the pipeline has {found[0]} and {found[1]}.")
         if texts["prompt"] is None or any(text.count(self.token) != 1 for text in texts["prompt"]):
             raise ValueError(f"With NeTI every host prompt has {self.token!r} in it, once; these are {texts['prompt']}.")
         return encoder, tokenizer

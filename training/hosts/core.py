@@ -45,7 +45,8 @@ class CoReFineTuning(DreamBooth):
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         if not torch.equal(state.pop(_PROMPT), self._condition.embeds.cpu()):
-            raise ValueError(f"The denoiser in {self.args.output_dir} was trained under other vectors than those there are now. Delete {self.args.output_dir} to train it anew.")
+            folder = self.args.output_dir
+            raise ValueError(f"The denoiser in {folder} was trained under other vectors than those there are now. Delete {folder} to train it anew.")
         super().load_state_dict(state)
 
     @staticmethod

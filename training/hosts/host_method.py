@@ -37,7 +37,9 @@ class HostMethod(Method):
     def __init__(self, backbone, args) -> None:
         super().__init__(backbone, args)
         if backbone.family not in self.families:
-            raise ValueError(f"`--method {args.method}` is for models of {list(self.families)}, and this one is {backbone.family!r}; `lora` and `dreambooth` are for all.")
+            raise ValueError(
+                f"`--method {args.method}` is for models of {list(self.families)}, and this one is {backbone.family!r}; `lora` and `dreambooth` are for all."
+            )
 
     def encoded(self, prompts: list[str]) -> Condition:
         """Prompts as the model's own pipeline encodes them."""

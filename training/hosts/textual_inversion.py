@@ -80,7 +80,8 @@ class TextualInversion(HostMethod):
         """As `load_textual_inversion` reads it."""
         rows = {name: value.detach().float().cpu()[0] for name, value in self.embeddings()().items()}
         names = {"text_encoder": self.args.placeholder_token} if len(rows) == 1 else {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-        save_file({names[name]: value.contiguous() for name, value in rows.items()}, folder / TextualInversion.file_name, {**metadata, "token": self.args.placeholder_token})
+        tensors = {names[name]: value.contiguous() for name, value in rows.items()}
+        save_file(tensors, folder / TextualInversion.file_name, {**metadata, "token": self.args.placeholder_token})
 
     @contextlib.contextmanager
     def in_use(self, pipeline, prompt: str) -> Iterator[tuple[str, dict]]:
