@@ -175,7 +175,8 @@ class GuidedDenoiser:
         # The prompt's image prompts belong to the host where there is one, else to the editability stream.
         carrier = "host" if "host" in streams else "editability"
         groups = [[name] for name in streams] if self.sliced else [streams]
-        if self.host.apart and "host" in streams and not self.sliced:
+        apart = self.host.apart or self.host.denoiser is not None
+        if apart and "host" in streams and not self.sliced:
             groups = [[name for name in streams if name != "host"], ["host"]]
         predictions = {}
         for names in groups:
@@ -197,7 +198,7 @@ class GuidedDenoiser:
                 gathered["timestep_cond"] = gathered["timestep_cond"].repeat(len(names), 1)
             with contextlib.ExitStack() as stack:
                 denoise = self.denoise
-                if names == ["host"]:
+                if "host" in names:
                     stack.enter_context(self.host.in_use())
                     denoise = denoise if self.host.denoiser is None else self.host.denoiser.forward
                 if "fidelity" in names:

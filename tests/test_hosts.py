@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from degu.pipelines import StableDiffusionDeGuPipeline
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings
+from degu.pipelines.hosts import Host, HostCondition
 
 
 def with_lora(module: torch.nn.Module, seed: int = 0) -> None:
@@ -206,6 +208,56 @@ def test_errors():
     pipe.unet.fuse_lora()
     with pytest.raises(ValueError, match="call `unfuse_lora"):
         latents_of(pipe, host_prompt="a dog", host_weights="host")
+
+
+class ScalingHost(Host):
+    """Makes the convolution at the end twice as strong while it is in use, and notes what happens."""
+
+    apart = True
+
+    def __init__(self, unet) -> None:
+        self.weight, self.events = unet.conv_out.weight, []
+
+    def encode(self, pipe, texts, stock):
+        self.events.append("encode")
+        return HostCondition(pipe.encode_prompt(texts["prompt"], "cpu", stock["num_images_per_prompt"], False)[0])
+
+    @contextlib.contextmanager
+    def left_out(self):
+        self.events.append("left out")
+        try:
+            yield
+        finally:
+            self.events.append("back")
+
+    @contextlib.contextmanager
+    def in_use(self):
+        self.events.append("in use")
+        self.weight.data.mul_(2)
+        try:
+            yield
+        finally:
+            self.weight.data.div_(2)
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_host_that_changes_the_model(sliced):
+    """Its rows alone see the change; the same as a denoiser of its own that is changed."""
+    pipe = with_subject("sd")
+    if sliced:
+        pipe.enable_stream_slicing()
+    host, tuned = ScalingHost(pipe.unet), copy.deepcopy(pipe.unet)
+    tuned.conv_out.weight.data.mul_(2)
+    close(latents_of(pipe, host=host, host_prompt="a red dog"), latents_of(pipe, host_prompt="a red dog", host_unet=tuned))
+    assert host.events == ["left out", "in use", "encode", "in use", "in use", "in use", "back"]
+    host.events.clear()
+
+    def stop(pipe, i, t, kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        latents_of(pipe, host=host, host_prompt="a red dog", callback_on_step_end=stop)
+    assert host.events[-1] == "back"
 
 
 def test_the_readmes_host():

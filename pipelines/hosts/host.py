@@ -29,8 +29,8 @@ class Host(ABC):
     """A personalization method in a stream of its own (Eq. J). A new one is a subclass of this, given to the call as `host=`.
 
     Attributes:
-        apart: whether its rows cannot be in one batch with the others, because it changes the model.
-        denoiser: of its own, which evaluates its rows; None: the pipeline's.
+        apart: whether its rows cannot be in one batch with the others, because `in_use` changes the model.
+        denoiser: of its own, which evaluates its rows, apart from the others; None: the pipeline's.
     """
 
     apart = False
@@ -52,7 +52,7 @@ class Host(ABC):
         return contextlib.nullcontext()
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
-        """Entered inside `left_out`, around `encode` and around every evaluation of the host's rows."""
+        """Entered inside `left_out`, around `encode` and around every evaluation of a batch with the host's rows in it."""
         return contextlib.nullcontext()
 
 
@@ -65,8 +65,7 @@ class LoadedHost(Host):
     """
 
     def __init__(self, weights: HostWeights, denoiser: torch.nn.Module | None = None) -> None:
-        self.weights, self.denoiser = weights, denoiser
-        self.apart = denoiser is not None or bool(weights)
+        self.weights, self.denoiser, self.apart = weights, denoiser, bool(weights)
 
     def left_out(self) -> contextlib.AbstractContextManager[None]:
         return self.weights.switched(on=False)

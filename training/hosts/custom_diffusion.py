@@ -42,7 +42,7 @@ class CustomDiffusion(TextualInversion):
         self.description = f"{args.num_tokens} vectors, keys and values of {len(backbone.layers)} layers"
 
     def embeddings(self) -> LearnedEmbeddings:
-        return self.learned["token"] if isinstance(self.learned, torch.nn.ModuleDict) else self.learned
+        return self.learned["token"]
 
     @contextlib.contextmanager
     def conditioned(self, examples: range, batch: Batch) -> Iterator[Condition]:
