@@ -4,14 +4,16 @@ python examples/hosts.py [--methods ti dti p_plus neti lora dreambooth custom_di
 
 Each host is trained by `training/train_host.py` and loaded as its users load it. Its rows: alone; with DeGu, its weights in all
 streams and, where it has any, in its own stream alone; and the paper's control (appendix G.4): the host's condition in all three
-places, with the same scales and a mask from its own attention (not for P+ and NeTI, whose tokens differ from layer to layer).
+places, with the same scales and a mask from its own attention.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
@@ -25,6 +27,7 @@ from toyworld.oracle import Oracle
 from toyworld.references import new_scenes, reference_pictures, rendered, subject_of
 from toyworld.scores import scores, table
 
+from degu.attention_processors import LayerwiseStream
 from degu.pipelines.hosts import NeTI
 from degu.training.train_host import main as train_host
 
@@ -72,11 +75,43 @@ class EntangledMixin:
         return hidden.expand(len(embeddings["text_encoder"]), -1, -1), None
 
 
-def entangled(pipe, model: ShippedModel, cae: Path):
-    made = type("EntangledPipeline", (EntangledMixin, type(pipe)), {}).from_pipe(pipe)
+@dataclass
+class HostsStream(LayerwiseStream):
+    """What the host's rows see at every step, for the fidelity stream's rows, and for the plain prompt's."""
+
+    pipe: object = None
+
+    @contextlib.contextmanager
+    def attached(self, layers):
+        guided, n = self.pipe._guided, self.rows.stop - self.rows.start
+        seen = guided.host_condition.stream_at(self.pipe.scheduler.timesteps[guided.step - 1])
+        self.contexts, self.values = seen.contexts, seen.values
+        plain = LayerwiseStream(slice(n, 2 * n), seen.contexts, values=seen.values)  # rows are [null, editability, fidelity, host]
+        with plain.attached(layers), super().attached(layers):
+            yield
+
+
+class LayerwiseEntangledMixin:
+    """`EntangledMixin` for hosts whose tokens differ from layer to layer."""
+
+    def generate(self, host_prompts: list[str], **kwargs) -> list:
+        return self(["a photo"] * len(host_prompts), host_prompt=host_prompts, **kwargs).images
+
+    def _fidelity_stream(self, contexts, masking):
+        own = super()._fidelity_stream(contexts, masking)
+        return HostsStream(own.rows, own.contexts, own.maps, own.captured, pipe=self)
+
+
+def entangled(pipe, model: ShippedModel, method: str, cae: Path, host: Path):
+    mixin = LayerwiseEntangledMixin if method in LAYERWISE else EntangledMixin
+    made = type("EntangledPipeline", (mixin, type(pipe)), {}).from_pipe(pipe)
     made.set_progress_bar_config(disable=True)
     made.enable_tcam(**model.tcam)
     made.load_cae_embeddings(cae)  # for its scale; what is in it is not used
+    if method == "p_plus":
+        name = made.get_active_cae_adapter()
+        made.load_cae_embeddings(host, adapter_name="my-subject")
+        made.set_cae_adapter(name)
     return made
 
 
@@ -128,8 +163,7 @@ def ways(pipe, model: ShippedModel, method: str, cae: Path, host: Path, prompts:
             tuned, pipe.unet = pipe.unet, own
             yield f"{method} + DeGu, host weights apart", pipe(prompts, host_prompt=host_prompts, host_unet=tuned, **SCALES, **shared).images
             pipe.unet = tuned
-        if method not in LAYERWISE:
-            yield f"{method}, control", entangled(pipe, model, cae).generate(host_prompts, **SCALES, **shared)
+        yield f"{method}, control", entangled(pipe, model, method, cae, host).generate(host_prompts, **told, **SCALES, **shared)
 
 
 def main() -> None:
@@ -139,7 +173,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=2, help="pictures per subject and scene")
     parser.add_argument("--train_steps", type=int, default=None, help="of the subject and of the hosts; by default what suits the model")
-    parser.add_argument("--work_dir", type=Path, default=None, help="keeps what is trained, to continue from; by default a temporary folder")
+    parser.add_argument("--work_dir", type=Path, default=None, help="keeps what is trained and the scores, to continue from; by default a temporary folder")
     args = parser.parse_args()
     diffusers_logging.set_verbosity_error()
     model, oracle = SHIPPED["sd"], Oracle.load()
@@ -155,9 +189,14 @@ def main() -> None:
             shared = dict(num_inference_steps=model.steps, latents=starting_noise(pipe, len(fields), subject))
             for method in args.methods:
                 host = host_of(method, model, subject, folder, args.train_steps)
-                for name, images in ways(pipe, model, method, cae, host, [caption_text(f) for f in fields], identity.kind, **shared):
-                    row = scores(oracle, images, identity, references, fields)
-                    del row["accessory"]
+                kept = folder / f"scores-{method}-{subject}-{args.scenes}-{args.seeds}.json"
+                if not kept.exists():
+                    rows = {}
+                    for name, images in ways(pipe, model, method, cae, host, [caption_text(f) for f in fields], identity.kind, **shared):
+                        rows[name] = scores(oracle, images, identity, references, fields)
+                        del rows[name]["accessory"]
+                    kept.write_text(json.dumps(rows))
+                for name, row in json.loads(kept.read_text()).items():
                     collected.setdefault(name, []).append(row)
                     print(f"{subject} {name}: {row['fidelity']:.2f}/{row['editability']:.2f}", flush=True)
             pipe.unload_cae_embeddings("subject")

@@ -3,7 +3,7 @@
 python examples/sweep.py [--family sd] [--stages masks training guidance]
 
 masks: on sd, which blur and which candidate resolutions find the subject on noised references, whose masks are known exactly;
-on sd3, from which blocks. training: learning rate and weight decay; on sdxl also, a set of embeddings per layer or per
+on sd3, from which blocks and with which blur. training: learning rate and weight decay; on sdxl also, a set of embeddings per layer or per
 transformer. guidance: w_f, and the step from which masking acts.
 """
 
@@ -112,13 +112,16 @@ def generation_scores(model: ShippedModel, pipe, oracle: Oracle, adapters: dict[
 
 
 def block_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, steps: int | None) -> dict[str, dict[str, float]]:
-    """By the transformer's blocks that masks are read from."""
+    """By the transformer's blocks that masks are read from, and by the blur."""
     depth, rows = len(pipe.transformer.transformer_blocks), {}
     adapters = {s: trained(model, s, folder, steps) for s in SUBJECTS}
     third = depth // 3
     for first, last in ((0, third), (third, depth - third), (depth - third, depth), (0, depth), (third, depth)):
         pipe.enable_tcam(**model.tcam | {"layers": tuple(range(first, last))})
         rows[f"blocks {first} to {last - 1}"] = generation_scores(model, pipe, oracle, adapters)
+    for kernel in (1, 3, 5):
+        pipe.enable_tcam(**model.tcam | {"kernel_size": kernel})
+        rows[f"middle third, blur {kernel}, 1"] = generation_scores(model, pipe, oracle, adapters)
     return rows
 
 
@@ -144,7 +147,7 @@ def guidance_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, step
     for w_f in (2.0, 4.0, 6.0):
         pipe.disable_tcam()
         rows[f"w_f {w_f:g}, no mask"] = generation_scores(model, pipe, oracle, adapters, fidelity_guidance_scale=w_f)
-        for start in (0.1, 0.2, 0.4):
+        for start in (0.0, 0.1, 0.2, 0.4):
             pipe.enable_tcam(**model.tcam | {"start": start})
             rows[f"w_f {w_f:g}, start {start:g}"] = generation_scores(model, pipe, oracle, adapters, fidelity_guidance_scale=w_f)
     return rows
@@ -168,7 +171,7 @@ def main() -> None:
         if "masks" in args.stages and args.family == "sd":
             sections["Masks: mean IoU with the exact mask, on noised references"] = table(mask_overlaps(model, pipe, folder, args.train_steps))
         if "masks" in args.stages and args.family == "sd3":
-            sections["Masks: which blocks"] = table(block_sweep(model, pipe, oracle, folder, args.train_steps))
+            sections["Masks: which blocks, which blur"] = table(block_sweep(model, pipe, oracle, folder, args.train_steps))
         if "training" in args.stages:
             sections["Training"] = table(training_sweep(model, pipe, oracle, folder, args.train_steps))
         if "guidance" in args.stages:
