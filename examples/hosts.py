@@ -38,9 +38,9 @@ METHODS: dict[str, dict[str, float]] = {
     "p_plus": {"max_train_steps": 400, "train_batch_size": 4},
     "neti": {"max_train_steps": 400, "train_batch_size": 4},
     "lora": {"max_train_steps": 300, "learning_rate": 1e-3},
-    "dreambooth": {"max_train_steps": 400},
+    "dreambooth": {"max_train_steps": 400, "learning_rate": 3e-5},  # at the paper's 5e-4 it repeats the references
     "custom_diffusion": {"max_train_steps": 300, "train_batch_size": 4, "learning_rate": 1e-3},
-    "core": {"max_train_steps": 300, "train_batch_size": 4, "unet_train_steps": 200, "unet_learning_rate": 1e-4},
+    "core": {"max_train_steps": 300, "train_batch_size": 4, "unet_train_steps": 200, "unet_learning_rate": 3e-5},
 }
 LAYERWISE = ("p_plus", "neti")
 SCALES = {"host_guidance_scale": 2.0, "guidance_scale": 2.0, "fidelity_guidance_scale": 4.0}
@@ -119,7 +119,7 @@ def entangled(pipe, model: ShippedModel, method: str, cae: Path, host: Path):
 def loaded(pipe, method: str, folder: Path, noun: str) -> Iterator[tuple[str, dict]]:
     """While it lasts, `pipe` has the host loaded as its users load it; yields what stands for the subject in its prompts, and what a
     call has to be told."""
-    own, subject = pipe.unet, pipe.get_active_cae_adapter()
+    own, processors, subject = pipe.unet, pipe.unet.attn_processors, pipe.get_active_cae_adapter()
     if method in ("ti", "dti", "custom_diffusion", "core"):
         pipe.load_textual_inversion(folder, weight_name="learned_embeds.safetensors", token="<my-subject>")
     try:
@@ -141,7 +141,7 @@ def loaded(pipe, method: str, folder: Path, noun: str) -> Iterator[tuple[str, di
         elif method == "lora":
             pipe.unload_lora_weights()
         elif method == "custom_diffusion":
-            pipe.unet.set_default_attn_processor()
+            pipe.unet.set_attn_processor(processors)
         if method in ("ti", "dti", "custom_diffusion", "core"):
             pipe.unload_textual_inversion()
 
