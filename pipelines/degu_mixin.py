@@ -217,12 +217,12 @@ class DeGuMixin(CaeLoaderMixin, ABC):
                 layers=self._layers(),
                 fidelity=fidelity,
                 subject=subject,
-                host=host,
                 host_condition=host_condition,
                 fidelity_scale=fidelity_scale,
                 host_scale=host_scale,
                 masking=masking,
                 sliced=self._stream_slicing,
+                host=host,
                 host_layers=self._layers(host.denoiser),
             )
             try:

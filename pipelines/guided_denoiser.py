@@ -11,7 +11,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from degu.attention_processors import AttentionMaps, CrossAttentionLayer, LayerwiseStream, JointAttentionLayer
 from degu.pipelines.guidance import decoupled_guidance
-from degu.pipelines.hosts.host import Host, HostCondition
+from degu.pipelines.hosts.host import Host, HostCondition, LoadedHost
+from degu.pipelines.hosts.host_weights import HostWeights
 from degu.pipelines.streams import Condition, map_batched
 from degu.pipelines.subject_mask import subject_masks
 from degu.pipelines.tcam import TcamConfig
@@ -51,12 +52,12 @@ class GuidedDenoiser:
         layers: where it attends to text.
         fidelity: what goes into them for the fidelity stream, and what is read; None: no such stream.
         subject: the encoded CAE, for one image, as far as it comes in with the batch.
-        host: what makes the host stream's prediction.
         host_condition: the encoded host prompt; None: no host stream.
         fidelity_scale, host_scale: w_f, w_h.
         masking: where the masks come from; None: no masks.
         sliced: evaluate the streams one after another instead of in one batch.
-        host_layers: where the denoiser of the host's rows attends to text.
+        host: whose prompt that is; None: of something that the pipeline has loaded and that acts in all streams.
+        host_layers: where the denoiser of the host's rows attends to text; None: `layers`.
     """
 
     def __init__(
@@ -66,17 +67,18 @@ class GuidedDenoiser:
         layers: list[CrossAttentionLayer] | list[JointAttentionLayer],
         fidelity: LayerwiseStream | None,
         subject: Condition | None,
-        host: Host,
         host_condition: HostCondition | None,
         fidelity_scale: float,
         host_scale: float,
         masking: Masking | None,
         sliced: bool,
-        host_layers: list[CrossAttentionLayer] | list[JointAttentionLayer],
+        host: Host | None = None,
+        host_layers: list[CrossAttentionLayer] | list[JointAttentionLayer] | None = None,
     ) -> None:
         self.pipe, self.denoise, self.layers = pipe, denoise, layers
         self.fidelity, self.subject = fidelity, subject
-        self.host, self.host_condition, self.host_layers = host, host_condition, host_layers
+        self.host, self.host_condition = host or LoadedHost(HostWeights()), host_condition
+        self.host_layers = layers if host_layers is None else host_layers
         self.fidelity_scale, self.host_scale = fidelity_scale, host_scale
         self.masking, self.sliced = masking, sliced
         self.step = 0

@@ -19,6 +19,7 @@ from degu.pipelines.cae_encoding import cae_sequence
 from degu.pipelines.cae_file import ContextAgnosticEmbeddings, save_cae
 from degu.pipelines.families import SDXL
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
+from degu.pipelines.hosts import HostCondition
 from degu.pipelines.streams import Condition
 
 PROMPTS = ["a dog in the snow", "a cat on the beach", "a mug at night"]
@@ -243,7 +244,7 @@ def test_a_full_size_step():
         contexts = {layer.name: torch.empty(1, 77, 2048) for layer in layers}
         captured = frozenset(layer.name for layer in layers if layer.decoder and layer.map_size((128, 128)) == (32, 32))
         fidelity, subject = LayerwiseStream(slice(0), contexts, None, captured), Condition(None, torch.empty(1, 1280))
-        host = Condition(torch.empty(2, 77, 2048), torch.empty(2, 1280))
+        host = HostCondition(torch.empty(2, 77, 2048), torch.empty(2, 1280))
         pipe = SimpleNamespace(guidance_scale=5.0, guidance_rescale=0.0, num_timesteps=1)
         masking = Masking(0.0, SDXL.tcam, slice(6, 7), (2,))
         guided = GuidedDenoiser(pipe, unet.forward, layers, fidelity, subject, host, 4.0, 3.0, masking, sliced=False)
