@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from conftest import DIM, DIM_2, FAMILIES, ROOT, as_dict, close, latents_of, load_random_ip_adapter, load_random_ip_adapter_3, noise, random_cae, tiny_stock, with_subject
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from reference import RecordingAttention, reference_latents
 from safetensors.torch import load_file, save_file
 
@@ -100,7 +100,7 @@ def test_text_encoders_adapters_act_in_the_host_stream_alone():
     """The host's prompt is encoded with them, the plain prompt and the CAE without."""
     bare, pipe = with_subject("sd"), with_subject("sd")
     torch.manual_seed(0)
-    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False), pipe.text_encoder)
     host = pipe.encode_prompt("a red dog", "cpu", 1, False)[0]
     close(latents_of(pipe, host_prompt="a red dog", host_weights="host"), latents_of(bare, host_prompt_embeds=host))
 

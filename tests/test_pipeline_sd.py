@@ -71,7 +71,7 @@ def test_off_is_stock_bit_for_bit(stock, pipe, name, off, monkeypatch):
 def test_signature_is_stocks_then_ours():
     names = list(inspect.signature(StableDiffusionDeGuPipeline.__call__).parameters)
     stock = list(inspect.signature(StableDiffusionPipeline.__call__).parameters)
-    ours = ["fidelity_guidance_scale", "host_prompt", "host_prompt_embeds", "host_guidance_scale", "host_weights", "host_unet", "subject_mask"]
+    ours = ["fidelity_guidance_scale", "host_prompt", "host_prompt_embeds", "host_guidance_scale", "host", "host_weights", "host_unet", "subject_mask"]
     assert [n for n in names if n not in ours] == stock and [n for n in names if n in ours] == ours
 
 

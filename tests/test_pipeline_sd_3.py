@@ -64,7 +64,7 @@ def test_signature_is_stocks_then_ours():
     stock = list(inspect.signature(StableDiffusion3Pipeline.__call__).parameters)
     assert names == stock + [
         "fidelity_guidance_scale", "host_prompt", "host_prompt_2", "host_prompt_3", "host_prompt_embeds", "host_pooled_prompt_embeds",
-        "host_guidance_scale", "host_weights", "host_transformer", "subject_mask",
+        "host_guidance_scale", "host", "host_weights", "host_transformer", "subject_mask",
     ]  # fmt: skip
 
 

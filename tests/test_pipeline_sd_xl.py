@@ -60,7 +60,7 @@ def test_signature_is_stocks_then_ours():
     assert [n for n in names if n in stock] == stock
     assert [n for n in names if n not in stock] == [
         "fidelity_guidance_scale", "host_prompt", "host_prompt_2", "host_prompt_embeds", "host_pooled_prompt_embeds", "host_guidance_scale",
-        "host_weights", "host_unet", "subject_mask",
+        "host", "host_weights", "host_unet", "subject_mask",
     ]  # fmt: skip
 
 
