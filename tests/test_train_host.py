@@ -234,13 +234,11 @@ def test_losses_of_core(bases, photos, tmp_path):
     torch.testing.assert_close(attention.detach(), expected, rtol=1e-3, atol=1e-9)
     (embedding + attention).backward()
     assert learner.learned.rows["text_encoder"].grad.abs().sum() > 0
-    learner._contexts = contexts
     with learner.conditioned(range(4, 6), batch) as condition:
-        learner._contexts = contexts
+        learner._contexts = contexts  # instead of those that were drawn
         whole = learner.loss(condition, batch).detach()
-    word = " ".join(f"<s{i}>" for i in range(1))
     plain = tiny_stock()
-    with_tokens(plain, learner.learned()["text_encoder"][0].detach())
+    word = with_tokens(plain, learner.learned()["text_encoder"][0].detach())
     denoising = denoising_loss(plain, [template_of(example).format(word) for example in (4, 5)], batch)
     torch.testing.assert_close(whole, denoising + 1.5e-4 * embedding.detach() + 0.05 * attention.detach(), rtol=1e-4, atol=1e-5)
 

@@ -6,8 +6,6 @@ python -m degu.pipelines.hosts.convert_neti mapper-steps-1000.pt neti_mapper.saf
 from __future__ import annotations
 
 import argparse
-import io
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -19,50 +17,24 @@ from degu.pipelines.hosts.neti import NeTIMapper, mapper_for, save_mapper
 class _Stub:
     """Takes the place of NeTI's own classes: keeps what they held, runs nothing of theirs."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        self.args = args
 
-    def __setstate__(self, state) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {})
-
-
-# What a mapper's file is made of, beside NeTI's own classes.
-_ALLOWED = {
-    ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
-    ("torch", "FloatStorage"), ("torch", "HalfStorage"), ("torch", "LongStorage"), ("__builtin__", "set"), ("builtins", "set"),
-}  # fmt: skip
-_OWN = ("models.", "training.", "utils.", "pathlib")
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        if module.startswith(_OWN):
-            return _Stub
-        raise ValueError(f"The file wants to run {module}.{name}, which has no place in a NeTI mapper: it is not converted.")
+# The classes whose instances a mapper's file may hold.
+_OWN = ("models.positional_encoding.NeTIPositionalEncoding", "models.positional_encoding.BasicEncoder", "utils.types.PESigmas")
 
 
 def read(file: Path) -> dict:
     """What `torch.save` wrote to `file`.
 
     Raises:
-        ValueError: not a file of that kind, or one that wants to run something else.
+        ValueError: not a file of that kind, or one that holds something else.
     """
     if not zipfile.is_zipfile(file):
         raise ValueError(f"{file} is not a file that `torch.save` wrote.")
-    archive = torch._C.PyTorchFileReader(str(file))
-    storages: dict[str, torch.UntypedStorage] = {}
-
-    def persistent_load(saved) -> torch.storage.TypedStorage:
-        _, kind, key, _, count = saved
-        if key not in storages:
-            storages[key] = archive.get_storage_from_record(f"data/{key}", count * kind.dtype.itemsize, torch.UntypedStorage)._typed_storage()._untyped_storage
-        return torch.storage.TypedStorage(wrap_storage=storages[key], dtype=kind.dtype, _internal=True)
-
-    unpickler = _Unpickler(io.BytesIO(archive.get_record("data.pkl")))
-    unpickler.persistent_load = persistent_load
-    return unpickler.load()
+    with torch.serialization.safe_globals([(_Stub, name) for name in _OWN]):
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if foreign:
+            raise ValueError(f"{file} wants to load {sorted(foreign)}, which have no place in a NeTI mapper: it is not converted.")
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def converted(saved: dict) -> NeTIMapper:

@@ -193,11 +193,12 @@ class MSDiffusion(LoadedHost):
             raise ValueError(f"MS-Diffusion is for SDXL; this is a {type(pipe).__name__}.")
         layers = self.adapter.of_layers(pipe.unet)
         tokens, size = self.tokens(pipe), pipe._latent_size(stock)
-        pictures = {}
+        pictures, boxes = {}, {}
         for layer in pipe._layers():
             to_k, to_v = layers[layer.name]
-            bias, inside = self._boxes_at(layer.map_size(size), tokens)
-            pictures[layer.name] = ImageAttention(to_k(tokens), to_v(tokens), bias, inside)
+            if layer.level not in boxes:  # the same for all layers of one size
+                boxes[layer.level] = self._boxes_at(layer.map_size(size), tokens)
+            pictures[layer.name] = ImageAttention(to_k(tokens), to_v(tokens), *boxes[layer.level])
         stream = ImagePromptStream(slice(0), {}, pictures=pictures, scale=self.scale)
         return replace(super().encode(pipe, texts, stock), stream_at=lambda timestep: stream)
 

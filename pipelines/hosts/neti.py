@@ -142,15 +142,17 @@ class NeTI(Host):
         rows = [distinct.index(text) for text in texts["prompt"] for _ in range(stock["num_images_per_prompt"] or 1)]
         sequences = [prompt_with_embeddings(text, self.token)(tokenizer, 1) for text in distinct]
         names, device, dtype = [layer.name for layer in pipe._layers()], pipe._execution_device, pipe._denoiser.dtype
-        self.mapper.to(device)
+        mapper, numbers = self.mapper.to(device), torch.arange(len(names), device=device)
+        kept = None if self.kept is None else torch.full_like(numbers, self.kept)
+        stream = LayerwiseStream(slice(0), {})  # one for all steps, which keeps its wrappers
 
         def stream_at(timestep: torch.Tensor) -> LayerwiseStream:
-            numbers = torch.arange(len(names), device=device)
-            kept = None if self.kept is None else torch.full_like(numbers, self.kept)
-            embedding, bypass = self.mapper(timestep.to(device).flatten()[:1].expand(len(names)), numbers, kept)
+            embedding, bypass = mapper(timestep.to(device).flatten()[:1].expand(len(names)), numbers, kept)
             encoded = [encode_with_bypass(encoder, tokenizer, *sequence, embedding[:, None], bypass) for sequence in sequences]
             keys, values = (torch.stack(part, 1)[:, rows].to(device, dtype) for part in zip(*encoded))  # (layers, images, length, hidden)
-            return LayerwiseStream(slice(0), dict(zip(names, keys)), values=dict(zip(names, values)) if self.mapper.bypass else None)
+            stream.contexts = dict(zip(names, keys))
+            stream.values = dict(zip(names, values)) if mapper.bypass else None
+            return stream
 
         return HostCondition(None, None, stream_at)
 
