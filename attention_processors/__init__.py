@@ -5,6 +5,7 @@ from degu.attention_processors.cross_attention import (
     CrossAttentionLayer,
     LayerwiseAttnProcessor,
     LayerwiseStream,
+    attention_keys,
     attention_probabilities,
     cross_attention_layers,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "JointFidelityStream",
     "LayerwiseAttnProcessor",
     "LayerwiseStream",
+    "attention_keys",
     "attention_probabilities",
     "cross_attention_layers",
     "joint_attention_layers",

@@ -127,6 +127,7 @@ class LayerwiseAttnProcessor(torch.nn.Module):
         self.inner = inner
         self.stream = stream
         self.layer_name, self.level = layer.name, layer.level
+        self._keys: tuple[torch.Tensor, torch.Tensor] | None = None  # of the context that comes first
         # `Attention.forward` reads the signature of `processor.__call__` to see which keyword arguments it may pass on.
         call = self.__dict__["__call__"] = lambda *args, **kwargs: self(*args, **kwargs)
         call.__signature__ = inspect.signature(inner.__call__)
@@ -138,23 +139,23 @@ class LayerwiseAttnProcessor(torch.nn.Module):
         text, *images = encoder_hidden_states if isinstance(encoder_hidden_states, tuple) else (encoder_hidden_states,)
         start, stop, _ = stream.rows.indices(len(text))
         if stream.maps is not None and self.layer_name in stream.captured and start < stop:
-            to_k = getattr(self.inner, "to_k_custom_diffusion", attn.to_k)
-            stream.maps.add(self.level, token_attention(attn, hidden_states[start:stop], context, stream.maps.positions, to_k))
+            if self._keys is None or self._keys[0] is not context:  # one context for all steps, mostly
+                self._keys = context, attention_keys(attn, context, getattr(self.inner, "to_k_custom_diffusion", attn.to_k))
+            stream.maps.add(self.level, token_attention(attn, hidden_states[start:stop], self._keys[1], stream.maps.positions))
         context = context.expand(stop - start, -1, -1)
         values = None if stream.values is None else stream.values[self.layer_name].expand(stop - start, -1, -1)
 
-        def attend(rows: slice, text: torch.Tensor, own: slice | None) -> torch.Tensor:
-            """Of these rows of the batch; `own` of them are the stream's."""
-            states = (text, *([image[rows] for image in group] for group in images)) if images else text
+        def attend(hidden_states: torch.Tensor, text: torch.Tensor, images: list, own: slice | None) -> torch.Tensor:
+            """Some of the batch's rows; `own` of them are the stream's."""
             with contextlib.nullcontext() if values is None or own is None else _values_from(attn, values, own):
-                return self.inner(attn, hidden_states[rows], states, *args, **kwargs)
+                return self.inner(attn, hidden_states, (text, *images) if images else text, *args, **kwargs)
 
         if text.shape[1] == context.shape[1]:
-            return attend(slice(None), torch.slice_scatter(text, context, start=start, end=stop), slice(start, stop))
+            return attend(hidden_states, torch.slice_scatter(text, context, start=start, end=stop), images, slice(start, stop))
         # Prompt embeddings of another length than the CAE sequence (long, weighted prompts): evaluated apart.
         own = (slice(start, stop), context, slice(0, stop - start))
-        parts = ((slice(0, start), text[:start], None), own, (slice(stop, None), text[stop:], None))
-        return torch.cat([attend(*part) for part in parts if len(part[1])])
+        parts = [(rows, text, of) for rows, text, of in ((slice(0, start), text[:start], None), own, (slice(stop, None), text[stop:], None)) if len(text)]
+        return torch.cat([attend(hidden_states[rows], text, [[image[rows] for image in group] for group in images], of) for rows, text, of in parts])
 
 
 @contextlib.contextmanager
@@ -169,33 +170,42 @@ def _values_from(attn: Attention, values: torch.Tensor, rows: slice) -> Iterator
         hook.remove()
 
 
-def token_attention(attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor, positions: slice, to_k=None) -> torch.Tensor:
+def token_attention(attn: Attention, hidden_states: torch.Tensor, keys: torch.Tensor, positions: slice) -> torch.Tensor:
     """The attention to the tokens at `positions`, averaged over them and over the heads: (n, pixels), float32.
 
     All else as for `attention_probabilities`.
     """
-    return attention_probabilities(attn, hidden_states, context, to_k)[..., positions].mean((1, 3))
+    return attention_probabilities(attn, hidden_states, keys)[..., positions].mean((1, 3))
 
 
-def attention_probabilities(attn: Attention, hidden_states: torch.Tensor, context: torch.Tensor, to_k=None) -> torch.Tensor:
+def attention_keys(attn: Attention, context: torch.Tensor, to_k=None) -> torch.Tensor:
+    """The scaled keys, heads apart: (n, heads, dim, tokens).
+
+    Args:
+        context: (n, tokens, dim).
+        to_k: what makes the keys, where it is not `attn.to_k`.
+    """
+    if attn.norm_cross:
+        context = attn.norm_encoder_hidden_states(context)
+    key = (to_k or attn.to_k)(context).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    if getattr(attn, "norm_k", None) is not None:
+        key = attn.norm_k(key)
+    if attn.upcast_attention:
+        key = key.float()
+    return (key * attn.scale).transpose(2, 3)
+
+
+def attention_probabilities(attn: Attention, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T * scale).
 
     Args:
         hidden_states: (n, pixels, channels).
-        context: (n, tokens, dim), or (1, tokens, dim), the same for all n.
-        to_k: what makes the keys, where it is not `attn.to_k`.
+        keys: from `attention_keys`, (n, ...), or (1, ...), the same for all n.
 
     Returns:
         (n, heads, pixels, tokens), float32.
     """
-    if attn.norm_cross:
-        context = attn.norm_encoder_hidden_states(context)
-    query, key = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden_states), (to_k or attn.to_k)(context)))
+    query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     if getattr(attn, "norm_q", None) is not None:
         query = attn.norm_q(query)
-    if getattr(attn, "norm_k", None) is not None:
-        key = attn.norm_k(key)
-    if attn.upcast_attention:
-        query, key = query.float(), key.float()
-    scores = query @ (key * attn.scale).transpose(2, 3)
-    return scores.softmax(3, dtype=torch.float32)
+    return (query.to(keys.dtype) @ keys).softmax(3, dtype=torch.float32)

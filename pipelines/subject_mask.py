@@ -21,22 +21,25 @@ def normalized(maps: torch.Tensor) -> torch.Tensor:
     return ((flat - low) / (high - low).clamp_min_(torch.finfo(maps.dtype).tiny)).view_as(maps)
 
 
-def histograms(bins: torch.Tensor) -> torch.Tensor:
-    """How often each of the integers 0..255 is in the last dimension of `bins`: (..., 256)."""
+def histograms(bins: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """How often each of the integers 0..255 is in the last dimension of `bins` (n, values): (n, groups, 256).
+
+    Values of the group i, counted from 0, are larger by 256 i.
+    """
     # Float64, where the device has it (MPS has not), so that Otsu's sums are exact.
     dtype = torch.float32 if bins.device.type == "mps" else torch.float64
-    counts = torch.zeros(*bins.shape[:-1], _BINS, device=bins.device, dtype=dtype)
-    return counts.scatter_add_(-1, bins, counts.new_ones(()).expand(bins.shape))
+    counts = torch.zeros(len(bins), groups * _BINS, device=bins.device, dtype=dtype)
+    return counts.scatter_add_(1, bins, counts.new_ones(()).expand(bins.shape)).unflatten(1, (groups, _BINS))
 
 
-def entropy(counts: torch.Tensor, total: int) -> torch.Tensor:
-    """Shannon entropy in nats of each histogram (..., 256) of `total` values."""
-    return torch.special.entr(counts / total).sum(-1)
+def entropy(counts: torch.Tensor, totals: torch.Tensor | int) -> torch.Tensor:
+    """Shannon entropy in nats of each histogram (..., 256) of so many values: (...)."""
+    return torch.special.entr(counts / totals).sum(-1)
 
 
 def entropy_bins(soft_masks: torch.Tensor) -> torch.Tensor:
-    """Soft masks (n, h, w) as indices 0..255 of equal bins over 0..1, (n, h * w)."""
-    return (soft_masks * _BINS).long().clamp_(max=_BINS - 1).flatten(1)
+    """Soft masks as indices 0..255 of equal bins over 0..1."""
+    return (soft_masks * _BINS).long().clamp_(max=_BINS - 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -59,9 +62,23 @@ def gaussian_blur(maps: torch.Tensor, kernel_size: int, sigma: float) -> torch.T
     return down @ maps @ across.mT
 
 
-def quantized(soft_masks: torch.Tensor, kernel_size: int, sigma: float) -> torch.Tensor:
-    """Blurs float32 soft masks (n, h, w) in 0..1 and rounds them to the levels 0..255, (n, h, w), float32."""
-    return (gaussian_blur(soft_masks, kernel_size, sigma) * 255).round_()
+@functools.lru_cache(maxsize=64)
+def _layout(sizes: tuple[tuple[int, int], ...], size: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of maps of these sizes, flattened one after another into (pixels,):
+
+    256 times the number of the map that each pixel is in, (pixels,); how many pixels each map has, (maps, 1); and for each map, which
+    pixels make it a picture of `size`, nearest neighbour, (maps, h * w).
+    """
+    counts = [height * width for height, width in sizes]
+    numbers = torch.arange(sum(counts), dtype=torch.float64)
+    scaled = [F.interpolate(part.view(1, 1, *shape), size=size, mode="nearest") for part, shape in zip(numbers.split(counts), sizes)]
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(counts)) * _BINS
+    return groups.to(device), torch.tensor(counts, device=device)[:, None], torch.stack(scaled).flatten(1).long().to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _ramp(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(_BINS, device=device, dtype=dtype)
 
 
 def otsu_threshold(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +91,7 @@ def otsu_threshold(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (...,) int64 and (...,) bool
     """
     below = counts.cumsum(-1)  # OpenCV's q1, times the number of pixels
-    moment = (counts * torch.arange(_BINS, device=counts.device, dtype=counts.dtype)).cumsum(-1)
+    moment = (counts * _ramp(counts.device, counts.dtype)).cumsum(-1)
     pixels, total = below[..., -1:], moment[..., -1:]
     variance = (total * below - pixels * moment).square_() / (below * (pixels - below)).clamp_min_(1)
     highest, threshold = variance.max(-1)
@@ -98,17 +115,19 @@ def subject_masks(
     """
     soft = [normalized(candidate.float()) for candidate in maps]
     soft = [1 - s for s in soft] if invert else soft
-    levels = [quantized(s, kernel_size, sigma) for s in soft]
-    bins = [level.flatten(1).long() for level in levels]
-    # Nearest neighbours commute with the threshold, so all candidates can be brought to one size before it.
-    resized = torch.cat([F.interpolate(level[None], size=size, mode="nearest") for level in levels])  # (candidates, n, h, w)
+    blurred = [gaussian_blur(s, kernel_size, sigma) for s in soft]
+    # From here on all candidates at once, their pixels one after another.
+    groups, pixels, nearest = _layout(tuple(tuple(s.shape[1:]) for s in soft), tuple(size), soft[0].device)
+    levels = (torch.cat([b.flatten(1) for b in blurred], 1) * 255).round_()  # (n, pixels), float32
+    bins = levels.long() + groups
     if len(maps) == 1:
-        level, counts = resized[0], histograms(bins[0])
+        counts, nearest = histograms(bins)[:, 0], nearest.expand(len(levels), -1)
     else:
-        pairs = [histograms(torch.stack([of_otsu, entropy_bins(s)])) for of_otsu, s in zip(bins, soft)]
-        entropies = torch.stack([entropy(pair[1], of_otsu.shape[1]) for pair, of_otsu in zip(pairs, bins)])
-        chosen = entropies.argmin(0)  # the first, coarsest, of equals
-        image = torch.arange(len(chosen), device=chosen.device)
-        level, counts = resized[chosen, image], torch.stack([pair[0] for pair in pairs])[chosen, image]
+        entropy_of = entropy_bins(torch.cat([s.flatten(1) for s in soft], 1)) + groups
+        counts, of_entropy = histograms(torch.cat([bins, entropy_of + len(maps) * _BINS], 1), 2 * len(maps)).chunk(2, 1)
+        chosen = entropy(of_entropy, pixels).argmin(1)  # the first, coarsest, of equals
+        counts, nearest = counts[torch.arange(len(chosen), device=chosen.device), chosen], nearest[chosen]
     threshold, found = otsu_threshold(counts)
-    return ((level > threshold[:, None, None]) & found[:, None, None]).float(), found
+    # Nearest neighbours commute with the threshold.
+    masks = (levels.gather(1, nearest) > threshold[:, None]) & found[:, None]
+    return masks.float().view(-1, *size), found
