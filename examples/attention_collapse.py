@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
-from grid import enlarged, grid
 from hosts import host_of
+from pictures import enlarged
 from PIL import Image
 from quickstart import caption_text
 from shipped import SHIPPED, starting_noise
 from toyworld.references import new_scenes, subject_of
+
+from degu.training.picture_grid import picture_grid
 
 FUNCTION_WORDS = {"a", "an", "the", "in", "on", "at", "of", "with", "by", "wearing"}
 
@@ -106,7 +108,7 @@ def main() -> None:
             pipe.unload_textual_inversion()
             if subject == args.subjects[0]:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
-                grid(rows, ["picture", *prompts[0].split()], labels, side=96).save(args.output)
+                picture_grid(rows, ["picture", *prompts[0].split()], labels, side=96).save(args.output)
     for name, values in found.items():
         print(f"{name}: median Attention Collapse Score {np.median(values):.2f}, above 0.8 in {np.mean(np.array(values) > 0.8):.0%} of {len(values)} prompts")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
-from grid import enlarged, grid, outlined
+from pictures import enlarged, outlined
 from PIL import Image
 from shipped import SHIPPED, ShippedModel, starting_noise
 from toyworld.captions import prompt
@@ -26,6 +26,7 @@ from toyworld.references import reference_pictures, rendered, subject_of
 from toyworld.scores import scores, table
 
 from degu.training.instance_images import load_instance_images, training_view
+from degu.training.picture_grid import picture_grid
 from degu.training.train_cae import main as train_cae
 
 
@@ -108,7 +109,7 @@ def main() -> None:
         first = i * args.samples
         row = [enlarged(references[i % len(references)])] + [enlarged(images[first]) for images in made.values()]
         rows.append([*row, outlined(made["DeGu"][first], masks[first].numpy())])
-    grid(rows, ["references", *made, "DeGu, mask"], prompts[:: args.samples]).save(args.output_dir / "comparison.png")
+    picture_grid(rows, ["references", *made, "DeGu, mask"], prompts[:: args.samples]).save(args.output_dir / "comparison.png")
 
     # 4. The two sliders.
     scales_f, scales_e = (0.0, 1.0, 2.0, 4.0, 6.0), (1.0, 2.0, 4.0, 6.0)
@@ -116,7 +117,7 @@ def main() -> None:
     sweep = [
         [enlarged(pipe(prompts[0], guidance_scale=e, fidelity_guidance_scale=f, **shared).images[0]) for f in scales_f] for e in scales_e
     ]
-    grid(sweep, [f"w_f = {f:g}" for f in scales_f], [f"w_e = {e:g}" for e in scales_e]).save(args.output_dir / "guidance.png")
+    picture_grid(sweep, [f"w_f = {f:g}" for f in scales_f], [f"w_e = {e:g}" for e in scales_e]).save(args.output_dir / "guidance.png")
 
     # 5. The scores.
     if args.images is None:  # the oracle knows the toy world only

@@ -19,10 +19,8 @@ _BACKBONES = {
 }
 
 
-def load_backbone(
-    pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device
-) -> StableDiffusionBackbone:
-    """The backbone for the model's family, which its own `model_index.json` tells.
+def backbone_class(pretrained_model_name_or_path: str, revision: str | None) -> type[StableDiffusionBackbone]:
+    """For the model's family, which its own `model_index.json` tells.
 
     Raises:
         ValueError: a family that training does not support.
@@ -31,4 +29,11 @@ def load_backbone(
     name = config.get("_class_name", "")
     if name not in _BACKBONES:
         raise ValueError(f"{pretrained_model_name_or_path} is a {name or 'model of unknown kind'}; training supports {list(_BACKBONES)}.")
-    return _BACKBONES[name](pretrained_model_name_or_path, revision, variant, dtype, device)
+    return _BACKBONES[name]
+
+
+def load_backbone(
+    pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device
+) -> StableDiffusionBackbone:
+    """Raises ValueError as `backbone_class` does."""
+    return backbone_class(pretrained_model_name_or_path, revision)(pretrained_model_name_or_path, revision, variant, dtype, device)
