@@ -18,9 +18,9 @@ from typing import Iterator
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
+from learned import trained
 from quickstart import caption_text, compared
 from shipped import SHIPPED, ShippedModel, starting_noise
-from sweep import trained
 from toyworld.oracle import Oracle
 from toyworld.references import new_scenes, reference_pictures, rendered, subject_of
 from toyworld.scores import iou, scores, table

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
-from hosts import host_of
+from learned import host_of
 from pictures import enlarged
 from PIL import Image
 from quickstart import caption_text

@@ -20,44 +20,18 @@ from typing import Iterator
 import numpy as np
 from diffusers import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from learned import METHODS, host_of, trained
 from quickstart import caption_text
 from shipped import SHIPPED, ShippedModel, starting_noise
-from sweep import trained, written_references
 from toyworld.oracle import Oracle
 from toyworld.references import new_scenes, reference_pictures, rendered, subject_of
 from toyworld.scores import scores, table
 
 from degu.attention_processors import LayerwiseStream
 from degu.pipelines.hosts import NeTI
-from degu.training.train_host import main as train_host
 
-# Steps and batches scaled down for a model this small, and learning rates that suit it; all else is the script's default.
-METHODS: dict[str, dict[str, float]] = {
-    "ti": {"max_train_steps": 400, "train_batch_size": 4},
-    "dti": {"max_train_steps": 400},
-    "p_plus": {"max_train_steps": 400, "train_batch_size": 4},
-    "neti": {"max_train_steps": 400, "train_batch_size": 4},
-    "lora": {"max_train_steps": 300, "learning_rate": 1e-3},
-    "dreambooth": {"max_train_steps": 400, "learning_rate": 3e-5},  # at the paper's 5e-4 it repeats the references
-    "custom_diffusion": {"max_train_steps": 300, "train_batch_size": 4, "learning_rate": 1e-3},
-    "core": {"max_train_steps": 300, "train_batch_size": 4, "unet_train_steps": 200, "unet_learning_rate": 3e-5},
-}
 LAYERWISE = ("p_plus", "neti")
 SCALES = {"host_guidance_scale": 2.0, "guidance_scale": 2.0, "fidelity_guidance_scale": 4.0}
-
-
-def host_of(method: str, model: ShippedModel, subject: int, folder: Path, steps: int | None = None) -> Path:
-    """Trains the method on the subject's references, `steps` long or as suits the model; returns its folder."""
-    output = folder / f"{method}-{subject}"
-    if not (output / "done").exists():
-        options = {name: steps if steps and name.endswith("train_steps") else value for name, value in METHODS[method].items()}
-        train_host([
-            "--method", method, "--pretrained_model_name_or_path", str(model.folder), "--instance_data_dir", str(written_references(subject, folder)),
-            "--class_noun", subject_of(subject).kind, "--output_dir", str(output), "--report_to", "none",
-            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-        ])  # fmt: skip
-        (output / "done").touch()
-    return output
 
 
 class EntangledMixin:

@@ -1,23 +1,25 @@
 """Where this project's own defaults come from: sweeps on the shipped models, written to sweep.md, sweep_sdxl.md and sweep_sd3.md.
 
-python examples/sweep.py [--family sd] [--stages masks training guidance]
+python examples/sweep.py [--family sd] [--stages masks training guidance hosts]
 
 masks: on sd, which blur and which candidate resolutions find the subject on noised references, whose masks are known exactly;
 on sd3, from which blocks and with which blur. training: learning rate and weight decay; on sdxl also, a set of embeddings per layer or per
-transformer. guidance: w_f, and the step from which masking acts.
+transformer. guidance: w_f, and the step from which masking acts. hosts: on sd, w_h and w_e with a textual inversion as host.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import tempfile
 from pathlib import Path
+from typing import Callable, Iterator
 
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
+from learned import host_of, trained
 from quickstart import caption_text, captions_for
 from shipped import SHIPPED, ShippedModel, starting_noise
 from toyworld.oracle import Oracle
@@ -29,30 +31,9 @@ from degu.attention_processors import AttentionMaps, LayerwiseStream, cross_atte
 from degu.pipelines.cae_encoding import cae_sequence
 from degu.pipelines.subject_mask import subject_masks
 from degu.pipelines.tcam import TcamConfig
-from degu.training.train_cae import main as train_cae
 
 SUBJECTS = (1, 5)
-STAGES = ("masks", "training", "guidance")
-
-
-def written_references(subject: int, folder: Path) -> Path:
-    """Writes the subject's reference pictures into a folder of their own; returns it."""
-    references = folder / f"references-{subject}"
-    references.mkdir(exist_ok=True)
-    for i, image in enumerate(rendered(reference_pictures(subject))):
-        Image.fromarray(image).save(references / f"{i}.png")
-    return references
-
-
-def trained(model: ShippedModel, subject: int, folder: Path, steps: int | None = None, *options: str) -> Path:
-    """Trains a CAE of the subject, `steps` long or as suits the model; returns its folder."""
-    references, output = written_references(subject, folder), folder / f"cae-{model.folder.name}-{subject}-{'-'.join(options) or 'default'}"
-    if not (output / "cae_embeddings.safetensors").is_file():
-        train_cae([
-            "--pretrained_model_name_or_path", str(model.folder), "--instance_data_dir", str(references), "--class_noun", subject_of(subject).kind,
-            "--output_dir", str(output), "--max_train_steps", str(steps or model.train_steps), "--report_to", "none", *model.train_options, *options,
-        ])  # fmt: skip
-    return output
+STAGES = ("masks", "training", "guidance", "hosts")
 
 
 @torch.no_grad()
@@ -93,16 +74,27 @@ def mask_overlaps(model: ShippedModel, pipe, folder: Path, steps: int | None) ->
     return dict(sorted(result.items(), key=lambda item: -item[1]["mean"]))
 
 
-def generation_scores(model: ShippedModel, pipe, oracle: Oracle, adapters: dict[int, Path], **options) -> dict[str, float]:
-    """Mean scores over the subjects, four prompts each, two pictures per prompt."""
+def no_host(subject: int, prompts: list[str]) -> contextlib.AbstractContextManager[dict]:
+    return contextlib.nullcontext({})
+
+
+def generation_scores(
+    model: ShippedModel, pipe, oracle: Oracle, adapters: dict[int, Path], with_host: Callable[[int, list[str]], contextlib.AbstractContextManager[dict]] = no_host, **options
+) -> dict[str, float]:
+    """Mean scores over the subjects, four prompts each, two pictures per prompt.
+
+    `with_host(subject, prompts)` has a host loaded for as long as it lasts, and yields what the call is told of it.
+    """
     collected = []
     for subject, folder in adapters.items():
         pipe.load_cae_embeddings(folder, adapter_name="subject")
         pictures = reference_pictures(subject)
         fields = captions_for(subject_of(subject).kind, {p.scene for p in pictures}) * 2
         latents = starting_noise(pipe, len(fields), seed=subject)
-        shared = dict(guidance_scale=model.guidance_scale, num_inference_steps=20, latents=latents, **model.call_options)
-        output = pipe([caption_text(f) for f in fields], **shared, **options)
+        shared = dict(guidance_scale=model.guidance_scale, num_inference_steps=20, latents=latents) | model.call_options | options
+        prompts = [caption_text(f) for f in fields]
+        with with_host(subject, prompts) as told:
+            output = pipe(prompts, **shared, **told)
         row = scores(oracle, output.images, subject_of(subject), rendered(pictures), fields)
         if output.subject_masks is not None:
             row["mask IoU"] = float(iou(output.subject_masks > 0.5, oracle.read(output.images).region > 0).mean())
@@ -136,6 +128,7 @@ def training_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, step
         settings["one set for all"] = ("--no_layerwise",)
     if model.folder.name == "sd3":
         settings["AdamW, learning rate 0.0005"] = ("--optimizer", "adamw")
+        settings["twice the steps"] = ("--max_train_steps", str(2 * (steps or model.train_steps)))
     return {
         name: generation_scores(model, pipe, oracle, {s: trained(model, s, folder, steps, *options) for s in SUBJECTS})
         for name, options in settings.items()
@@ -144,13 +137,33 @@ def training_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, step
 
 def guidance_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, steps: int | None) -> dict[str, dict[str, float]]:
     adapters, rows = {s: trained(model, s, folder, steps) for s in SUBJECTS}, {}
-    for w_f in (2.0, 4.0, 6.0):
+    for w_f in (0.5 * model.guidance_scale, model.guidance_scale, 1.5 * model.guidance_scale):
         pipe.disable_tcam()
         rows[f"w_f {w_f:g}, no mask"] = generation_scores(model, pipe, oracle, adapters, fidelity_guidance_scale=w_f)
         for start in (0.0, 0.1, 0.2, 0.4):
             pipe.enable_tcam(**model.tcam | {"start": start})
             rows[f"w_f {w_f:g}, start {start:g}"] = generation_scores(model, pipe, oracle, adapters, fidelity_guidance_scale=w_f)
     return rows
+
+
+def host_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, steps: int | None) -> dict[str, dict[str, float]]:
+    """By w_e and w_h, at the default w_f, with a textual inversion of the same subject as host."""
+    adapters = {s: trained(model, s, folder, steps) for s in SUBJECTS}
+    inversions = {s: host_of("ti", model, s, folder, steps) for s in SUBJECTS}
+    pipe.enable_tcam(**model.tcam)
+
+    @contextlib.contextmanager
+    def inversion(subject: int, prompts: list[str]) -> Iterator[dict]:
+        pipe.load_textual_inversion(inversions[subject], weight_name="learned_embeds.safetensors", token="<my-subject>")
+        try:
+            yield {"host_prompt": [prompt.replace(subject_of(subject).kind, "<my-subject>", 1) for prompt in prompts]}
+        finally:
+            pipe.unload_textual_inversion()
+
+    return {
+        f"w_e {w_e:g}, w_h {w_h:g}": generation_scores(model, pipe, oracle, adapters, inversion, guidance_scale=w_e, host_guidance_scale=w_h)
+        for w_e, w_h in itertools.product((0.5 * model.guidance_scale, model.guidance_scale), (1.0, 2.0, 3.0, 4.0))
+    }
 
 
 def main() -> None:
@@ -176,6 +189,8 @@ def main() -> None:
             sections["Training"] = table(training_sweep(model, pipe, oracle, folder, args.train_steps))
         if "guidance" in args.stages:
             sections["Guidance and the start of masking"] = table(guidance_sweep(model, pipe, oracle, folder, args.train_steps))
+        if "hosts" in args.stages and args.family == "sd":
+            sections["A host's scale"] = table(host_sweep(model, pipe, oracle, folder, args.train_steps))
     steps = args.train_steps or model.train_steps
     text = f"# Sweeps on the small {args.family} model\n\nMade by `python examples/sweep.py --family {args.family}`; {steps} steps of training, subjects {SUBJECTS}, w_e = {model.guidance_scale:g}.\n"
     output = args.output or Path(__file__).with_name("sweep.md" if args.family == "sd" else f"sweep_{args.family}.md")

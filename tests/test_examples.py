@@ -66,3 +66,8 @@ def test_attention_collapse(tmp_path):
 def test_tokens(tmp_path, family):
     printed = run("examples/ablation.py", "--family", family, "--tokens", "--subjects", "14", "--scenes", "2", "--seeds", "1", "--train_steps", "2", "--work_dir", str(tmp_path))
     assert all(f"| [{token}] |" in printed for token in ("SOT", "EOT", "SUBJECT"))
+
+
+def test_sweep(tmp_path):
+    run("examples/sweep.py", "--stages", "masks", "--train_steps", "2", "--output", str(tmp_path / "sweep.md"))
+    assert "| [SOT] at 1/1, blur 3, 0.5 |" in (tmp_path / "sweep.md").read_text()
