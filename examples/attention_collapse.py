@@ -3,7 +3,7 @@
 python examples/attention_collapse.py
 
 The Attention Collapse Score of a prompt is the subject token's share of the attention to all of the prompt's content words, each
-word's averaged over space, heads, layers and steps (Eq. 1). Prints the scores and writes a heat-map per word.
+word's averaged over space, heads, layers and steps (Eq. 1). Prints each prompt's score and writes a heat-map per word.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
                 recorder, images = recorded(pipe, own, **shared)
                 values = collapse_scores(recorder.by_token(), own, word)
                 found[name] += values
-                print(f"{subject} {name}: {np.median(values):.2f}", flush=True)
+                print(*(f"{subject} {prompt}: {value:.2f}" for prompt, value in zip(own, values)), sep="\n", flush=True)
                 maps = recorder.maps()[0, 1 : len(own[0].split()) + 1]
                 rows.append([enlarged(images[0], 96), *(_heat(m / maps.max()) for m in maps)])
                 labels.append(f"{own[0]}: {values[0]:.2f}")

@@ -31,6 +31,7 @@ from degu.attention_processors import AttentionMaps, LayerwiseStream, cross_atte
 from degu.pipelines.cae_encoding import cae_sequence
 from degu.pipelines.subject_mask import subject_masks
 from degu.pipelines.tcam import TcamConfig
+from degu.training.arguments import ADAMW_LEARNING_RATE, PRODIGY_LEARNING_RATE
 
 SUBJECTS = (1, 5)
 STAGES = ("masks", "training", "guidance", "hosts")
@@ -108,26 +109,28 @@ def block_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, steps: 
     depth, rows = len(pipe.transformer.transformer_blocks), {}
     adapters = {s: trained(model, s, folder, steps) for s in SUBJECTS}
     third = depth // 3
-    for first, last in ((0, third), (third, depth - third), (depth - third, depth), (0, depth), (third, depth)):
+    for first, last in ((0, third), (third, depth - third), (depth - third, depth), (0, depth // 2), (depth // 2, depth), (0, depth)):
         pipe.enable_tcam(**model.tcam | {"layers": tuple(range(first, last))})
         rows[f"blocks {first} to {last - 1}"] = generation_scores(model, pipe, oracle, adapters)
     for kernel in (1, 3, 5):
         pipe.enable_tcam(**model.tcam | {"kernel_size": kernel})
-        rows[f"middle third, blur {kernel}, 1"] = generation_scores(model, pipe, oracle, adapters)
+        rows[f"the example's blocks, blur {kernel}, 1"] = generation_scores(model, pipe, oracle, adapters)
     return rows
 
 
 def training_sweep(model: ShippedModel, pipe, oracle: Oracle, folder: Path, steps: int | None) -> dict[str, dict[str, float]]:
     pipe.enable_tcam(**model.tcam)
-    settings = {
-        f"learning rate {rate:g}, weight decay {decay:g}": ("--learning_rate", str(rate), "--adam_weight_decay", str(decay))
-        for rate, decay in (((0.5, 1e-2), (1.0, 1e-2), (2.0, 1e-2)) if hasattr(pipe, "transformer") else ((2.5e-4, 1e-2), (5e-4, 1e-2), (1e-3, 1e-2), (2e-3, 1e-2), (5e-4, 1e-1)))
-    }  # fmt: skip
+    prodigy = hasattr(pipe, "transformer")
+    default = PRODIGY_LEARNING_RATE if prodigy else ADAMW_LEARNING_RATE
+    settings = {f"learning rate {default:g}, weight decay 0.01 (the defaults)": ()}
+    settings |= {f"learning rate {rate:g}": ("--learning_rate", str(rate)) for rate in (0.5 * default, 2 * default, *(() if prodigy else (4 * default,)))}
+    if not prodigy:
+        settings["weight decay 0.1"] = ("--adam_weight_decay", "0.1")
     if model.folder.name == "sdxl":
         settings["one set per layer"] = ("--set_per", "layer")
         settings["one set for all"] = ("--no_layerwise",)
     if model.folder.name == "sd3":
-        settings["AdamW, learning rate 0.0005"] = ("--optimizer", "adamw")
+        settings[f"AdamW, learning rate {ADAMW_LEARNING_RATE:g}"] = ("--optimizer", "adamw")
         settings["twice the steps"] = ("--max_train_steps", str(2 * (steps or model.train_steps)))
     return {
         name: generation_scores(model, pipe, oracle, {s: trained(model, s, folder, steps, *options) for s in SUBJECTS})
