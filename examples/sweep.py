@@ -38,14 +38,14 @@ STAGES = ("masks", "training", "guidance", "hosts")
 
 
 @torch.no_grad()
-def mask_overlaps(model: ShippedModel, pipe, folder: Path, steps: int | None) -> dict[str, dict[str, float]]:
+def mask_overlaps(pipe, adapters: dict[int, Path]) -> dict[str, dict[str, float]]:
     """Mean IoU with the exact masks, over subjects, references and noise levels; by token, resolutions and blur."""
     layers = cross_attention_layers(pipe.unet)
     levels = sorted({layer.level for layer in layers if layer.decoder}, reverse=True)
     captured = frozenset(layer.name for layer in layers if layer.decoder)
     overlaps: dict[tuple, dict[str, list[float]]] = {}
-    for subject in SUBJECTS:
-        pipe.load_cae_embeddings(trained(model, subject, folder, steps), adapter_name="subject")
+    for subject, folder in adapters.items():
+        pipe.load_cae_embeddings(folder, adapter_name="subject")
         pictures = reference_pictures(subject)
         exact = torch.from_numpy(np.stack([render(p)[1] for p in pictures])).float()
         images = torch.from_numpy(np.stack(rendered(pictures))).permute(0, 3, 1, 2) / 127.5 - 1
@@ -185,7 +185,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         sections = {}
         if "masks" in args.stages and args.family == "sd":
-            sections["Masks: mean IoU with the exact mask, on noised references"] = table(mask_overlaps(model, pipe, folder, args.train_steps))
+            sections["Masks: mean IoU with the exact mask, on noised references"] = table(
+                mask_overlaps(pipe, {s: trained(model, s, folder, args.train_steps) for s in SUBJECTS})
+            )
         if "masks" in args.stages and args.family == "sd3":
             sections["Masks: which blocks, which blur"] = table(block_sweep(model, pipe, oracle, folder, args.train_steps))
         if "training" in args.stages:

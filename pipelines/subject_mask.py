@@ -72,7 +72,7 @@ def _layout(sizes: tuple[tuple[int, int], ...], size: tuple[int, int], device: t
     counts = [height * width for height, width in sizes]
     numbers = torch.arange(sum(counts), dtype=torch.float64)
     scaled = [F.interpolate(part.view(1, 1, *shape), size=size, mode="nearest") for part, shape in zip(numbers.split(counts), sizes)]
-    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(counts)) * _BINS
+    groups = torch.cat([torch.full((count,), number * _BINS) for number, count in enumerate(counts)])
     return groups.to(device), torch.tensor(counts, device=device)[:, None], torch.stack(scaled).flatten(1).long().to(device)
 
 
