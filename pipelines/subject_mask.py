@@ -70,7 +70,7 @@ def _layout(sizes: tuple[tuple[int, int], ...], size: tuple[int, int], device: t
     pixels make it a picture of `size`, nearest neighbour, (maps, h * w).
     """
     counts = [height * width for height, width in sizes]
-    numbers = torch.arange(sum(counts), dtype=torch.float64)
+    numbers = torch.arange(sum(counts), dtype=torch.float32)
     scaled = [F.interpolate(part.view(1, 1, *shape), size=size, mode="nearest") for part, shape in zip(numbers.split(counts), sizes)]
     groups = torch.cat([torch.full((count,), number * _BINS) for number, count in enumerate(counts)])
     return groups.to(device), torch.tensor(counts, device=device)[:, None], torch.stack(scaled).flatten(1).long().to(device)
