@@ -82,6 +82,21 @@ def test_the_host_alone_is_stocks_pipeline_with_that_host(family, kind):
     assert not torch.allclose(made, with_subject(family)("a dog in the snow", guidance_scale=4.0, **{**shared, "ip_adapter_image_embeds": None}).images, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_host_pictures_own_mask(family):
+    """`ip_adapter_masks`: the host alone is stock's pipeline bit for bit, and the mask still says where the picture acts under DeGu."""
+    pipe = with_subject(family)
+    load_random_ip_adapter(pipe)
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1
+    picture = {"ip_adapter_image_embeds": [torch.randn(2, 1, DIM)]}
+    masked = picture | {"cross_attention_kwargs": {"ip_adapter_masks": [mask]}}
+    expected = latents_of(pipe, guidance_scale=4.0, fidelity_guidance_scale=0.0, **masked)
+    alone = latents_of(pipe, host_prompt="a dog in the snow", guidance_scale=0.0, host_guidance_scale=4.0, fidelity_guidance_scale=0.0, **masked)
+    assert torch.equal(alone, expected)
+    assert not torch.allclose(latents_of(pipe, host_prompt="a dog", **masked), latents_of(pipe, host_prompt="a dog", **picture), atol=1e-3)
+
+
 def test_adapters_are_as_before():
     pipe = with_subject("sd", with_lora)
     before = [(p.requires_grad, id(p)) for p in pipe.unet.parameters()]
