@@ -139,7 +139,7 @@ class LayerwiseAttnProcessor(torch.nn.Module):
         text, *images = encoder_hidden_states if isinstance(encoder_hidden_states, tuple) else (encoder_hidden_states,)
         start, stop, _ = stream.rows.indices(len(text))
         if stream.maps is not None and self.layer_name in stream.captured and start < stop:
-            if self._keys is None or self._keys[0] is not context:  # one context for all steps, mostly
+            if self._keys is None or self._keys[0] is not context:  # mostly the same for all steps, and so are the weights
                 self._keys = context, attention_keys(attn, context, getattr(self.inner, "to_k_custom_diffusion", attn.to_k))
             stream.maps.add(self.level, token_attention(attn, hidden_states[start:stop], self._keys[1], stream.maps.positions))
         context = context.expand(stop - start, -1, -1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, close, latents_of, noise, tiny_stock, with_subject
+from conftest import FAMILIES, latents_of, noise, tiny_stock, with_subject
 from PIL import Image
 from reference import RecordingAttention
 from safetensors.torch import load_file
