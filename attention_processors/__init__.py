@@ -6,7 +6,6 @@ from degu.attention_processors.cross_attention import (
     LayerwiseAttnProcessor,
     LayerwiseStream,
     attention_keys,
-    attention_probabilities,
     cross_attention_layers,
 )
 from degu.attention_processors.joint_attention import (
@@ -25,7 +24,6 @@ __all__ = [
     "LayerwiseAttnProcessor",
     "LayerwiseStream",
     "attention_keys",
-    "attention_probabilities",
     "cross_attention_layers",
     "joint_attention_layers",
 ]

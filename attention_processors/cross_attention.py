@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 
@@ -73,7 +74,8 @@ class LayerwiseStream:
         rows: where they are.
         contexts: what each layer sees, by its name: (1, tokens, dim), or (n, tokens, dim), one for each row.
         values: what the layer's values are made of, where that is not the same as its keys; of the same shapes, or None.
-        maps: where the layers named in `captured` add their attention; None where no mask is wanted.
+        maps: where the layers named in `captured` add their attention; None where no mask is wanted. Their contexts are the
+            same for all n rows.
     """
 
     rows: slice
@@ -90,26 +92,23 @@ class LayerwiseStream:
     @contextlib.contextmanager
     def attached(self, layers: list[CrossAttentionLayer]) -> Iterator[None]:
         """Wraps the processors of `layers` for the length of one evaluation of the denoiser; always puts them back."""
-        inner = [layer.module.processor for layer in layers]
+        attached = []
         try:
-            for layer, processor in zip(layers, inner):
+            for layer in layers:
+                # Not `attn.set_processor`, which logs "removing possibly trained weights" each time; and not `Module.__setattr__`, whose
+                # checks would be made twice per layer and step: the place is that of the processor itself.
+                attributes, modules = layer.module.__dict__, layer.module._modules
+                place = attributes if "processor" in attributes else modules
+                processor = place["processor"]
                 wrapper = self._wrappers.get(layer.name)
                 if wrapper is None or wrapper.inner is not processor:
                     wrapper = self._wrappers[layer.name] = self.wrapper(layer, processor)
-                set_processor(layer.module, wrapper)
+                place["processor"] = wrapper
+                attached.append((place, processor))
             yield
         finally:
-            for layer, processor in zip(layers, inner):
-                set_processor(layer.module, processor)
-
-
-def set_processor(attn: Attention, processor) -> None:
-    """Puts `processor` into `attn`, and nothing else."""
-    # Not `attn.set_processor`, which logs "removing possibly trained weights" each time; and where `Module.__setattr__`
-    # would put it, without its checks, since this happens twice per layer and step.
-    attn._modules.pop("processor", None)
-    attn.__dict__.pop("processor", None)
-    (attn._modules if isinstance(processor, torch.nn.Module) else attn.__dict__)["processor"] = processor
+            for place, processor in attached:
+                place["processor"] = processor
 
 
 class LayerwiseAttnProcessor(torch.nn.Module):
@@ -127,7 +126,7 @@ class LayerwiseAttnProcessor(torch.nn.Module):
         self.inner = inner
         self.stream = stream
         self.layer_name, self.level = layer.name, layer.level
-        self._keys: tuple[torch.Tensor, torch.Tensor] | None = None  # of the context that comes first
+        self._scorer: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None  # of the context that comes first
         # `Attention.forward` reads the signature of `processor.__call__` to see which keyword arguments it may pass on.
         call = self.__dict__["__call__"] = lambda *args, **kwargs: self(*args, **kwargs)
         call.__signature__ = inspect.signature(inner.__call__)
@@ -135,15 +134,17 @@ class LayerwiseAttnProcessor(torch.nn.Module):
     def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states=None, *args, **kwargs):
         """`hidden_states` (rows, pixels, channels); `encoder_hidden_states` (rows, tokens, dim), or with an IP-Adapter a
         tuple of that and the image prompts' states."""
-        stream, context = self.stream, self.stream.contexts[self.layer_name]
+        stream, name = self.stream, self.layer_name
         text, *images = encoder_hidden_states if isinstance(encoder_hidden_states, tuple) else (encoder_hidden_states,)
-        start, stop, _ = stream.rows.indices(len(text))
-        if stream.maps is not None and self.layer_name in stream.captured and start < stop:
-            if self._keys is None or self._keys[0] is not context:  # mostly the same for all steps, and so are the weights
-                self._keys = context, attention_keys(attn, context, getattr(self.inner, "to_k_custom_diffusion", attn.to_k))
-            stream.maps.add(self.level, token_attention(attn, hidden_states[start:stop], self._keys[1], stream.maps.positions))
-        context = context.expand(stop - start, -1, -1)
-        values = None if stream.values is None else stream.values[self.layer_name].expand(stop - start, -1, -1)
+        context = stream.contexts[name]
+        start, stop, _ = stream.rows.indices(len(text))  # none are left where another stream's wrapper evaluates its rows apart
+        if stream.maps is not None and name in stream.captured and start < stop:
+            if self._scorer is None or self._scorer[0] is not context:  # mostly the same for all steps, and so are the weights
+                to_k = getattr(self.inner, "to_k_custom_diffusion", attn.to_k)
+                self._scorer = context, token_scorer(attn, context, hidden_states.shape[2], stream.maps.positions, to_k)
+            stream.maps.add(self.level, token_attention(hidden_states[start:stop], attn.heads, self._scorer[1]))
+        context = context.expand(stop - start, -1, -1).to(text.dtype)
+        values = None if stream.values is None else stream.values[name].expand(stop - start, -1, -1)
 
         def attend(hidden_states: torch.Tensor, text: torch.Tensor, images: list, own: slice | None) -> torch.Tensor:
             """Some of the batch's rows; `own` of them are the stream's."""
@@ -151,7 +152,7 @@ class LayerwiseAttnProcessor(torch.nn.Module):
                 return self.inner(attn, hidden_states, (text, *images) if images else text, *args, **kwargs)
 
         if text.shape[1] == context.shape[1]:
-            return attend(hidden_states, torch.slice_scatter(text, context, start=start, end=stop), images, slice(start, stop))
+            return attend(hidden_states, torch.cat([text[:start], context, text[stop:]]), images, slice(start, stop))
         # Prompt embeddings of another length than the CAE sequence (long, weighted prompts): evaluated apart.
         own = (slice(start, stop), context, slice(0, stop - start))
         parts = [(rows, text, of) for rows, text, of in ((slice(0, start), text[:start], None), own, (slice(stop, None), text[stop:], None)) if len(text)]
@@ -170,14 +171,6 @@ def _values_from(attn: Attention, values: torch.Tensor, rows: slice) -> Iterator
         hook.remove()
 
 
-def token_attention(attn: Attention, hidden_states: torch.Tensor, keys: torch.Tensor, positions: slice) -> torch.Tensor:
-    """The attention to the tokens at `positions`, averaged over them and over the heads: (n, pixels), float32.
-
-    All else as for `attention_probabilities`.
-    """
-    return attention_probabilities(attn, hidden_states, keys)[..., positions].mean((1, 3))
-
-
 def attention_keys(attn: Attention, context: torch.Tensor, to_k=None) -> torch.Tensor:
     """The scaled keys, heads apart: (n, heads, dim, tokens).
 
@@ -188,24 +181,42 @@ def attention_keys(attn: Attention, context: torch.Tensor, to_k=None) -> torch.T
     if attn.norm_cross:
         context = attn.norm_encoder_hidden_states(context)
     key = (to_k or attn.to_k)(context).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    if getattr(attn, "norm_k", None) is not None:
-        key = attn.norm_k(key)
     if attn.upcast_attention:
         key = key.float()
     return (key * attn.scale).transpose(2, 3)
 
 
-def attention_probabilities(attn: Attention, hidden_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T * scale).
+def token_scorer(attn: Attention, context: torch.Tensor, channels: int, positions: slice, to_k=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For a context that stays, q k^T * scale is a linear layer of the hidden states, and the mean over heads another of the softmax.
+
+    Args:
+        context: (1, tokens, dim).
+        channels: of the hidden states.
+        positions: of the tokens whose attention is wanted.
+        to_k: as for `attention_keys`.
+
+    Returns:
+        The first one's weight (heads * tokens, channels) and bias (heads * tokens,), and the second's weight (heads * tokens,).
+    """
+    keys = attention_keys(attn, context, to_k)[0]
+    # Whatever `to_q` is made of, LoRA included: its value at 0 and at the unit vectors.
+    points = torch.cat([context.new_zeros(1, channels), torch.eye(channels, dtype=context.dtype, device=context.device)])
+    query = attn.to_q(points).unflatten(-1, (attn.heads, -1)).transpose(0, 1).to(keys.dtype)
+    bias, weight = (query @ keys).split([1, channels], dim=1)  # (heads, ..., tokens)
+    chosen = torch.zeros(attn.heads, keys.shape[2], device=context.device)
+    chosen[:, positions] = 1
+    return (weight - bias).transpose(1, 2).flatten(0, 1).contiguous(), bias.flatten(), (chosen / chosen.sum()).flatten()
+
+
+def token_attention(hidden_states: torch.Tensor, heads: int, scorer: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """softmax(q k^T * scale) at the tokens of `scorer` (from `token_scorer`), averaged over them and over the heads.
 
     Args:
         hidden_states: (n, pixels, channels).
-        keys: from `attention_keys`, (n, ...), or (1, ...), the same for all n.
 
     Returns:
-        (n, heads, pixels, tokens), float32.
+        (n, pixels), float32.
     """
-    query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    if getattr(attn, "norm_q", None) is not None:
-        query = attn.norm_q(query)
-    return (query.to(keys.dtype) @ keys).softmax(3, dtype=torch.float32)
+    weight, bias, mean = scorer
+    scores = F.linear(hidden_states.to(weight.dtype), weight, bias).unflatten(2, (heads, -1))
+    return scores.softmax(3, dtype=torch.float32).flatten(2) @ mean

@@ -4,8 +4,8 @@ python examples/benchmark.py                                         the shipped
 python examples/benchmark.py --resolutions 1                         … with the masks that the examples read from it
 python examples/benchmark.py --full_size --device cuda               SD 2.1's architecture with random weights, 768 px, fp16
 
-A step is everything between the scheduler's calls: streams, attention maps, masks, mixing. Both are timed alternately and
-compared by their medians.
+A step is everything between the scheduler's calls: streams, attention maps, masks, mixing. The two are timed in pairs, each first in
+every other one, and compared by the median of the pairs' differences; the median's standard error says what the machine's noise allows.
 """
 
 from __future__ import annotations
@@ -78,10 +78,15 @@ def main() -> None:
 
     for _ in range(5):
         seconds(bare), seconds(degu)
-    timed = [(seconds(bare), seconds(degu)) for _ in range(args.repeats)]
-    of_bare, of_degu = (statistics.median(column) for column in zip(*timed))
+    timed = []
+    for i in range(args.repeats):
+        of_bare, of_degu = (seconds(bare), seconds(degu)) if i % 2 else (seconds(degu), seconds(bare))[::-1]
+        timed.append((of_bare, of_degu - of_bare))
+    of_bare, added = (statistics.median(column) for column in zip(*timed))
+    lower, _, upper = statistics.quantiles((difference for _, difference in timed), n=4)
+    error = 1.2533 * (upper - lower) / 1.349 / args.repeats**0.5  # of a median, of a normal distribution with these quartiles
     name = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}: bare denoiser on {3 * n} rows {of_bare * 1e3:.2f} ms, DeGu step {of_degu * 1e3:.2f} ms, ratio {of_degu / of_bare:.3f}")
+    print(f"{name}: bare denoiser on {3 * n} rows {of_bare * 1e3:.2f} ms, DeGu adds {added * 1e3:.2f} ms, ratio {1 + added / of_bare:.3f} ± {error / of_bare:.3f}")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ class GuidedDenoiser:
         host_layers: list[CrossAttentionLayer] | list[JointAttentionLayer] | None = None,
     ) -> None:
         self.pipe, self.denoise, self.layers = pipe, denoise, layers
+        self._layer_at = {layer.level: layer for layer in layers}
         self.fidelity, self.subject = fidelity, subject
         self.host, self.host_condition = host or LoadedHost(HostWeights()), host_condition
         self.host_layers = layers if host_layers is None else host_layers
@@ -235,7 +236,7 @@ class GuidedDenoiser:
         n, size = len(sample) // 2, tuple(sample.shape[-2:])
         if masking.given is not None:
             return masking.given.expand(n, *size), torch.ones(n, dtype=torch.bool, device=sample.device)
-        sizes = {layer.level: layer.map_size(size) for layer in self.layers}
+        sizes = {level: self._layer_at[level].map_size(size) for level in masking.levels}
         return subject_masks(
             [maps.mean(level).view(n, *sizes[level]) for level in masking.levels],
             size,

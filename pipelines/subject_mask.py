@@ -1,6 +1,7 @@
 """From attention maps to a subject mask (Test-time Cross-Attention Masking), batched and without leaving the device.
 
-The maps are small, so that a step costs what its number of operations costs: candidates share operations where they can.
+The maps are small, so that a step costs what its number of operations costs, above all of different ones, each of which is new to the
+processor's caches: candidates share operations where they can.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import torch.nn.functional as F
 _BINS = 256
 
 
-def normalized(maps: torch.Tensor) -> torch.Tensor:
-    """Scales each map (n, h, w) to 0..1; a constant map becomes 0."""
+def soft_masks(maps: torch.Tensor, invert: bool) -> torch.Tensor:
+    """Each map (n, h, w) scaled to 0..1, A = (maps - min) / (max - min), or 1 - A; a constant map becomes 0."""
     flat = maps.flatten(1)
     low, high = torch.aminmax(flat, dim=1, keepdim=True)
-    return ((flat - low) / (high - low).clamp_min_(torch.finfo(maps.dtype).tiny)).view_as(maps)
+    above = high - flat if invert else flat - low
+    return (above / (high - low).clamp_min_(torch.finfo(maps.dtype).tiny)).view_as(maps)
+
+
+@functools.lru_cache(maxsize=8)
+def _one(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones((), device=device, dtype=dtype)
 
 
 def histograms(bins: torch.Tensor, groups: int = 1) -> torch.Tensor:
@@ -29,7 +36,7 @@ def histograms(bins: torch.Tensor, groups: int = 1) -> torch.Tensor:
     # Float64, where the device has it (MPS has not), so that Otsu's sums are exact.
     dtype = torch.float32 if bins.device.type == "mps" else torch.float64
     counts = torch.zeros(len(bins), groups * _BINS, device=bins.device, dtype=dtype)
-    return counts.scatter_add_(1, bins, counts.new_ones(()).expand(bins.shape)).unflatten(1, (groups, _BINS))
+    return counts.scatter_add_(1, bins, _one(bins.device, dtype).expand(bins.shape)).view(-1, groups, _BINS)
 
 
 def entropy(counts: torch.Tensor, totals: torch.Tensor | int) -> torch.Tensor:
@@ -77,25 +84,25 @@ def _layout(sizes: tuple[tuple[int, int], ...], size: tuple[int, int], device: t
 
 
 @functools.lru_cache(maxsize=8)
-def _ramp(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return torch.arange(_BINS, device=device, dtype=dtype)
+def _ramp(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The levels 0..255; and what makes 255 win where no split has any variance, but not against one that has."""
+    levels = torch.arange(_BINS, device=device, dtype=dtype)
+    return levels, (levels == _BINS - 1).to(dtype) * torch.finfo(dtype).tiny
 
 
-def otsu_threshold(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Otsu's threshold of each histogram (..., 256) of levels, `<=` against `>`, and whether there are two levels at all.
+def otsu_threshold(counts: torch.Tensor) -> torch.Tensor:
+    """Otsu's threshold of each histogram (..., 256) of levels, `<=` against `>`; 255 where there is only one level: (..., 1), int64.
 
     The between-class variance is maximised over all 256 levels, as OpenCV does; the lowest level wins a tie. It is taken
     from sums of whole numbers: levels that no pixel has tie exactly with the one below, and an empty class has exactly 0.
-
-    Returns:
-        (...,) int64 and (...,) bool
     """
+    ramp, nothing_above = _ramp(counts.device, counts.dtype)
     below = counts.cumsum(-1)  # OpenCV's q1, times the number of pixels
-    moment = (counts * _ramp(counts.device, counts.dtype)).cumsum(-1)
+    moment = (counts * ramp).cumsum(-1)
     pixels, total = below[..., -1:], moment[..., -1:]
-    variance = (total * below - pixels * moment).square_() / (below * (pixels - below)).clamp_min_(1)
-    highest, threshold = variance.max(-1)
-    return threshold, highest > 0
+    difference = total * below - pixels * moment
+    variance = difference * difference / (below * (pixels - below)).clamp_min_(1)
+    return (variance + nothing_above).argmax(-1, keepdim=True)  # the first of equals
 
 
 def subject_masks(
@@ -113,8 +120,7 @@ def subject_masks(
         none, and its mask is empty. Of the candidates each image takes the one with the lowest histogram entropy; a tie
         goes to the coarser.
     """
-    soft = [normalized(candidate.float()) for candidate in maps]
-    soft = [1 - s for s in soft] if invert else soft
+    soft = [soft_masks(candidate.float(), invert) for candidate in maps]
     blurred = [gaussian_blur(s, kernel_size, sigma) for s in soft]
     # From here on all candidates at once, their pixels one after another.
     groups, pixels, nearest = _layout(tuple(tuple(s.shape[1:]) for s in soft), tuple(size), soft[0].device)
@@ -124,10 +130,10 @@ def subject_masks(
         counts, nearest = histograms(bins)[:, 0], nearest.expand(len(levels), -1)
     else:
         entropy_of = entropy_bins(torch.cat([s.flatten(1) for s in soft], 1)) + groups
-        counts, of_entropy = histograms(torch.cat([bins, entropy_of + len(maps) * _BINS], 1), 2 * len(maps)).chunk(2, 1)
-        chosen = entropy(of_entropy, pixels).argmin(1)  # the first, coarsest, of equals
-        counts, nearest = counts[torch.arange(len(chosen), device=chosen.device), chosen], nearest[chosen]
-    threshold, found = otsu_threshold(counts)
+        both = histograms(torch.cat([bins, entropy_of + len(maps) * _BINS], 1), 2 * len(maps))
+        chosen = entropy(both[:, len(maps) :], pixels).argmin(1).view(-1, 1, 1)  # the first, coarsest, of equals
+        counts, nearest = (of.gather(1, chosen.expand(-1, 1, of.shape[2])).squeeze(1) for of in (both, nearest.expand(len(chosen), -1, -1)))
+    threshold = otsu_threshold(counts)
     # Nearest neighbours commute with the threshold.
-    masks = (levels.gather(1, nearest) > threshold[:, None]) & found[:, None]
-    return masks.float().view(-1, *size), found
+    masks = levels.gather(1, nearest) > threshold
+    return masks.float().view(-1, *size), threshold.squeeze(1) < _BINS - 1

@@ -15,8 +15,6 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.utils import is_peft_available
 
-from degu.attention_processors.cross_attention import set_processor
-
 _CUSTOM_DIFFUSION = (CustomDiffusionAttnProcessor, CustomDiffusionAttnProcessor2_0, CustomDiffusionXFormersAttnProcessor)
 
 
@@ -49,13 +47,20 @@ class HostWeights:
             for layer, _ in before:
                 layer._disable_adapters = not on  # not `enable_adapters`, which also changes what requires gradients
             for attention, processor in self.processors:
-                set_processor(attention, processor if on else AttnProcessor2_0())
+                _set_processor(attention, processor if on else AttnProcessor2_0())
             yield
         finally:
             for layer, disabled in before:
                 layer._disable_adapters = disabled
             for attention, processor in processors:
-                set_processor(attention, processor)
+                _set_processor(attention, processor)
+
+
+def _set_processor(attn: Attention, processor) -> None:
+    """`attn.set_processor` without its log of "removing possibly trained weights"."""
+    attn._modules.pop("processor", None)
+    attn.__dict__.pop("processor", None)
+    attn.processor = processor
 
 
 def _adapter_layers(module: torch.nn.Module) -> list:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from degu.attention_processors import attention_keys, attention_probabilities
+from degu.attention_processors import attention_keys
 from degu.pipelines.streams import Condition
 from degu.training.checkpoint import checkpoints
 from degu.training.hosts.fine_tuning import DreamBooth
@@ -110,7 +110,8 @@ class CoRe(TextualInversion):
             nonlocal sums, count
             states = args[0] if args else kwargs["hidden_states"]
             keys = attention_keys(module, kwargs["encoder_hidden_states"])
-            probabilities = attention_probabilities(module, states, keys)  # (rows, heads, pixels, length)
+            query = module.to_q(states).unflatten(-1, (module.heads, -1)).transpose(1, 2)
+            probabilities = (query.to(keys.dtype) @ keys).softmax(3, dtype=torch.float32)  # (rows, heads, pixels, length)
             sums, count = sums + probabilities.sum((1, 2)), count + probabilities.shape[1] * probabilities.shape[2]
 
         hooks = [layer.module.register_forward_pre_hook(add, with_kwargs=True) for layer in self.backbone.layers]
