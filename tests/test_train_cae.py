@@ -59,8 +59,7 @@ def flags(base, photos, output, steps=4, **options) -> list[str]:
 
 
 def start(*args, launcher=(sys.executable,)) -> subprocess.Popen:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where MPI's programs are, as in an activated environment
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PATH": path}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen([*launcher, str(SCRIPT), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -103,12 +102,11 @@ def test_what_it_writes(base, photos, tmp_path):
 
 @pytest.mark.parametrize("through", ["accelerate", "torchrun"])
 def test_two_processes_are_one_with_twice_the_batch(base, photos, tmp_path, through):
-    if through == "accelerate":
-        (tmp_path / "hosts").write_text("localhost\n")
-        options = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "29618", "--mpirun_hostfile", str(tmp_path / "hosts"))
-    else:
-        options = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617")
-    launcher = (sys.executable, "-m", *options)
+    options = {
+        "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "29618"),
+        "torchrun": ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"),
+    }
+    launcher = (sys.executable, "-m", *options[through])
     two = start(*flags(base, photos, tmp_path / "two", train_batch_size=2), launcher=launcher)
     printed, _ = two.communicate()
     assert two.returncode == 0, printed
@@ -121,14 +119,6 @@ def test_mixed_precision(base, photos, tmp_path):
     printed, _ = run.communicate()
     assert run.returncode == 0, printed
     assert rows(tmp_path).dtype == torch.float32 and torch.isfinite(rows(tmp_path)).all()
-
-
-def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(base, photos, tmp_path):
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    run = start(*flags(base, photos, tmp_path, steps=1), launcher=launcher)
-    printed, _ = run.communicate()
-    assert run.returncode == 0, printed
-    assert "--mpirun_hostfile" in printed
 
 
 def test_killed_at_any_moment(base, photos, tmp_path):

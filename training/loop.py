@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import accelerate
 import diffusers
@@ -106,11 +105,6 @@ def train(args, new_method: type[Method]) -> None:
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")),
     )
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        logger.warning(
-            "This is one process, though several were asked for: on CPUs accelerate starts more than one only by MPI (pip install mpich). "
-            "Add --mpirun_hostfile FILE to `accelerate launch`, a file with the line `localhost`."
-        )
     torch.manual_seed(args.seed)
 
     images = load_instance_images(args.instance_data_dir, args.instance_mask_dir)

@@ -11,6 +11,7 @@ from typing import Iterator, Mapping, Sequence
 
 from degu.pipelines.streams import Condition
 from degu.training.arguments import ADAMW_LEARNING_RATE, parse_args
+from degu.training.cpu_processes import start_processes
 from degu.training.embeddings import LearnedEmbeddings
 from degu.training.latent_cache import Batch
 from degu.training.loop import train
@@ -47,4 +48,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    start_processes()
     main()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Sequence
 
 from degu.training.arguments import parse_host_args
+from degu.training.cpu_processes import start_processes
 from degu.training.hosts import METHODS
 from degu.training.loop import train
 
@@ -21,4 +22,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    start_processes()
     main()
