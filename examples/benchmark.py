@@ -1,7 +1,7 @@
 """What masking and stream handling cost per step, as a ratio to the bare denoiser on the same number of rows, in one run.
 
-python examples/benchmark.py                                         the shipped model
-python examples/benchmark.py --resolutions 1                         … with the masks that the examples read from it
+python examples/benchmark.py                                         the shipped model, with the masks that the examples read from it
+python examples/benchmark.py --resolutions 0.5 1                     … from candidate maps of two sizes, the family's default
 python examples/benchmark.py --full_size --device cuda               SD 2.1's architecture with random weights, 768 px, fp16
 
 A step is everything between the scheduler's calls: streams, attention maps, masks, mixing. The two are timed in pairs, each first in
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--full_size", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=1)
-    parser.add_argument("--resolutions", type=float, nargs="+", default=None, help="of the candidate maps; by default the family's")
+    parser.add_argument("--resolutions", type=float, nargs="+", default=None, help="of the candidate maps; by default what the examples have, at full size the family's")
     parser.add_argument("--repeats", type=int, default=60)
     args = parser.parse_args()
     dtype = torch.float16 if args.device != "cpu" else torch.float32
@@ -53,7 +53,8 @@ def main() -> None:
     latents, texts = random(n, unet.config.in_channels, side, side), random(2 * n, tokens, unet.config.cross_attention_dim)
     contexts = {layer.name: random(1, tokens, unet.config.cross_attention_dim) for layer in layers}
     levels = sorted({layer.level for layer in layers if layer.decoder}, reverse=True)
-    levels = tuple(levels[:2] if args.resolutions is None else [level for level in levels if 2.0**-level in args.resolutions])
+    resolutions = args.resolutions or (None if args.full_size else SHIPPED["sd"].tcam["resolutions"])
+    levels = tuple(levels[:2] if resolutions is None else [level for level in levels if 2.0**-level in resolutions])
     pipe = SimpleNamespace(guidance_scale=7.5, guidance_rescale=0.0, num_timesteps=1)
     captured = frozenset(layer.name for layer in layers if layer.decoder and layer.level in levels)
     fidelity, masking = LayerwiseStream(slice(0), contexts, None, captured), Masking(0.0, SD.tcam, slice(0, 1), levels)
