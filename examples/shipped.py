@@ -51,7 +51,6 @@ SHIPPED = {
     # from the start; the maps are 8x8. In a transformer of six blocks the first half finds the subject best (sweep_sd3.md).
     "sd3": ShippedModel(
         StableDiffusion3DeGuPipeline,
-        guidance_scale=6.0,
         tcam={"start": 0.0, "kernel_size": 3, "layers": (0, 1, 2)},
         call_options={"max_sequence_length": 32},
         train_steps=800,

@@ -130,10 +130,14 @@ class StableDiffusionXLRecipe(StableDiffusionRecipe):
 
 
 class StableDiffusion3Recipe(Recipe):
-    """Flow matching; three text encoders, T5 with at most 32 tokens (`max_sequence_length`)."""
+    """Flow matching; three text encoders, T5 with at most 32 tokens (`max_sequence_length`).
+
+    Each encoder is left out of part of the pictures, as when SD 3 was trained: else one of them alone is listened to for what all say.
+    """
 
     name = "sd3"
     folder = "transformer"
+    encoder_dropout = 0.464
 
     def new_pipeline(self) -> StableDiffusion3Pipeline:
         tokenizer_2 = CLIPTokenizer.from_pretrained(self.models_dir / "sdxl" / "tokenizer_2")
@@ -152,7 +156,17 @@ class StableDiffusion3Recipe(Recipe):
         )
         return states, pooled
 
+    def with_encoders_left_out(self, states: torch.Tensor, pooled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros where an encoder would be, as stock has them for one that is None; drawn for each encoder and picture."""
+        first, second = (encoder.config.projection_dim for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2))
+        kept_1, kept_2, kept_t5 = (torch.rand(3, len(states), 1, device=states.device) >= self.encoder_dropout).to(states.dtype)
+        width, tokens = states.shape[2], states.shape[1] - MAX_LENGTH
+        clips = torch.cat([kept_1.expand(-1, first), kept_2.expand(-1, width - first)], 1)  # by channel; what is beyond both is padding
+        kept = torch.cat([clips[:, None].expand(-1, tokens, -1), kept_t5[:, None].expand(-1, MAX_LENGTH, width)], 1)
+        return states * kept, pooled * torch.cat([kept_1.expand(-1, first), kept_2.expand(-1, second)], 1)
+
     def loss(self, denoiser, clean: torch.Tensor, texts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        texts = self.with_encoders_left_out(*texts)
         noise = torch.randn_like(clean)
         sigma = torch.sigmoid(0.3 + torch.special.ndtri(stratified(len(clean)))).to(clean.device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])

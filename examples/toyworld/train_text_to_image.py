@@ -25,7 +25,7 @@ from toyworld.text_encoders import save_text_encoder
 from toyworld.text_to_image import RECIPES
 
 CAPTION_DROPOUT = 0.1
-STEPS = {"sd": 25000, "sdxl": 2500, "sd3": 23500}
+STEPS = {"sd": 25000, "sdxl": 2500, "sd3": 31000}
 
 
 def picture(index: int, rank: int) -> Picture:
