@@ -126,7 +126,7 @@ class LayerwiseAttnProcessor(torch.nn.Module):
         self.inner = inner
         self.stream = stream
         self.layer_name, self.level = layer.name, layer.level
-        self._scorer: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None  # of the context that comes first
+        self._attention: TokenAttention | None = None  # to the context that comes first
         # `Attention.forward` reads the signature of `processor.__call__` to see which keyword arguments it may pass on.
         call = self.__dict__["__call__"] = lambda *args, **kwargs: self(*args, **kwargs)
         call.__signature__ = inspect.signature(inner.__call__)
@@ -139,10 +139,10 @@ class LayerwiseAttnProcessor(torch.nn.Module):
         context = stream.contexts[name]
         start, stop, _ = stream.rows.indices(len(text))  # none are left where another stream's wrapper evaluates its rows apart
         if stream.maps is not None and name in stream.captured and start < stop:
-            if self._scorer is None or self._scorer[0] is not context:  # mostly the same for all steps, and so are the weights
+            if self._attention is None or self._attention.context is not context:  # mostly the same for all steps, and so are the weights
                 to_k = getattr(self.inner, "to_k_custom_diffusion", attn.to_k)
-                self._scorer = context, token_scorer(attn, context, hidden_states.shape[2], stream.maps.positions, to_k)
-            stream.maps.add(self.level, token_attention(hidden_states[start:stop], attn.heads, self._scorer[1]))
+                self._attention = TokenAttention(attn, context, hidden_states.shape[2], stream.maps.positions, to_k)
+            stream.maps.add(self.level, self._attention(hidden_states[start:stop]))
         context = context.expand(stop - start, -1, -1).to(text.dtype)
         values = None if stream.values is None else stream.values[name].expand(stop - start, -1, -1)
 
@@ -186,37 +186,31 @@ def attention_keys(attn: Attention, context: torch.Tensor, to_k=None) -> torch.T
     return (key * attn.scale).transpose(2, 3)
 
 
-def token_scorer(attn: Attention, context: torch.Tensor, channels: int, positions: slice, to_k=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For a context that stays, q k^T * scale is a linear layer of the hidden states, and the mean over heads another of the softmax.
+class TokenAttention:
+    """The attention that hidden states pay to some of the tokens of a context that stays: softmax(q k^T * scale) at these tokens.
+
+    For such a context q k^T * scale is one linear layer of the hidden states, and the mean over tokens and heads another of the softmax.
 
     Args:
         context: (1, tokens, dim).
         channels: of the hidden states.
-        positions: of the tokens whose attention is wanted.
+        positions: of the tokens.
         to_k: as for `attention_keys`.
-
-    Returns:
-        The first one's weight (heads * tokens, channels) and bias (heads * tokens,), and the second's weight (heads * tokens,).
     """
-    keys = attention_keys(attn, context, to_k)[0]
-    # Whatever `to_q` is made of, LoRA included: its value at 0 and at the unit vectors.
-    points = torch.cat([context.new_zeros(1, channels), torch.eye(channels, dtype=context.dtype, device=context.device)])
-    query = attn.to_q(points).unflatten(-1, (attn.heads, -1)).transpose(0, 1).to(keys.dtype)
-    bias, weight = (query @ keys).split([1, channels], dim=1)  # (heads, ..., tokens)
-    chosen = torch.zeros(attn.heads, keys.shape[2], device=context.device)
-    chosen[:, positions] = 1
-    return (weight - bias).transpose(1, 2).flatten(0, 1).contiguous(), bias.flatten(), (chosen / chosen.sum()).flatten()
 
+    def __init__(self, attn: Attention, context: torch.Tensor, channels: int, positions: slice, to_k=None) -> None:
+        self.context, self.heads = context, attn.heads
+        (keys,) = attention_keys(attn, context, to_k)
+        # Whatever `to_q` is made of, LoRA included: its value at 0 and at the unit vectors.
+        points = torch.cat([context.new_zeros(1, channels), torch.eye(channels, dtype=context.dtype, device=context.device)])
+        query = attn.to_q(points).unflatten(-1, (attn.heads, -1)).transpose(0, 1).to(keys.dtype)
+        bias, weight = (query @ keys).split([1, channels], dim=1)  # (heads, ..., tokens)
+        self.weight, self.bias = (weight - bias).transpose(1, 2).flatten(0, 1).contiguous(), bias.flatten()
+        chosen = torch.zeros(attn.heads, keys.shape[2], device=context.device)
+        chosen[:, positions] = 1
+        self.mean = (chosen / chosen.sum()).flatten()
 
-def token_attention(hidden_states: torch.Tensor, heads: int, scorer: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """softmax(q k^T * scale) at the tokens of `scorer` (from `token_scorer`), averaged over them and over the heads.
-
-    Args:
-        hidden_states: (n, pixels, channels).
-
-    Returns:
-        (n, pixels), float32.
-    """
-    weight, bias, mean = scorer
-    scores = F.linear(hidden_states.to(weight.dtype), weight, bias).unflatten(2, (heads, -1))
-    return scores.softmax(3, dtype=torch.float32).flatten(2) @ mean
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(n, pixels), float32, of `hidden_states` (n, pixels, channels)."""
+        scores = F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias).unflatten(2, (self.heads, -1))
+        return scores.softmax(3, dtype=torch.float32).flatten(2) @ self.mean

@@ -9,6 +9,8 @@ import psutil
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from degu.training.log import logger
+
 # What accelerate reads the number of processes from; set where several were started.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -28,7 +30,9 @@ def start_processes() -> None:
         return
     asked = launch_command_parser().parse_args(command[after:])
     processes = asked.num_processes or load_config_from_file(asked.config_file).num_processes
-    if (asked.num_machines or 1) == 1 and processes > 1:
+    if (asked.num_machines or 1) > 1:
+        logger.warning("This is one process, though several were asked for: on several machines start it by torchrun, or add --mpirun_hostfile.")
+    elif processes > 1:
         where = ("--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"])
         torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes), *where)
         os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
