@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from benchmark import full_size_unet
 from conftest import DIM, TOKENS, as_dict, noise, random_cae
+from full_size import unet_2_1
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -43,7 +43,7 @@ def test_round_trip(stock, file):
 def test_the_papers_storage(tmp_path):
     """SD 2.1's own layers, five tokens: 320 KB and a header."""
     with torch.device("meta"):
-        unet = full_size_unet()
+        unet = unet_2_1()
     names = tuple(layer.name for layer in cross_attention_layers(unet))
     rows = torch.zeros(len(names), 5, unet.config.cross_attention_dim)
     save_cae(ContextAgnosticEmbeddings({"text_encoder": rows}, names), tmp_path / "cae.safetensors", "sd")

@@ -33,8 +33,10 @@ def test_quickstart_on_own_pictures(tmp_path):
     assert (tmp_path / "out" / "comparison.png").is_file()
 
 
-def test_benchmark_prints_a_ratio():
-    assert "ratio" in run("examples/benchmark.py", "--repeats", "2")
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_benchmark_prints_a_ratio(family):
+    assert f"small {family}, float32, latents 16x16" in (printed := run("examples/benchmark.py", "--family", family, "--warmup", "0", "--repeats", "2"))
+    assert "ratio" in printed
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

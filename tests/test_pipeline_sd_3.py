@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIM, TOKENS, as_dict, load_as_custom_pipeline, load_random_ip_adapter_3, noise, random_cae, tiny_stock_3
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from full_size import transformer_3_5_large, transformer_3_5_medium
 from reference import reference_latents_3
 
 from degu.attention_processors import JointFidelityStream, joint_attention_layers
@@ -253,16 +254,11 @@ def test_as_a_custom_pipeline_from_elsewhere(stock, tmp_path, self_contained):
     load_as_custom_pipeline(tmp_path / "model", "pipeline_degu_sd_3", StableDiffusion3DeGuPipeline, tmp_path, self_contained)
 
 
-@pytest.mark.parametrize("size", ["medium", "large"])
-def test_a_full_size_step(size):
+@pytest.mark.parametrize("build", [transformer_3_5_medium, transformer_3_5_large])
+def test_a_full_size_step(build):
     """Shapes only, on the meta device: SD 3.5's published configurations at 1024 px."""
-    options = {"medium": {"num_layers": 24, "num_attention_heads": 24, "dual_attention_layers": tuple(range(13)), "pos_embed_max_size": 384},
-               "large": {"num_layers": 38, "num_attention_heads": 38, "pos_embed_max_size": 192}}[size]  # fmt: skip
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, attention_head_dim=64, joint_attention_dim=4096, pooled_projection_dim=2048,
-            caption_projection_dim=64 * options["num_attention_heads"], out_channels=16, qk_norm="rms_norm", **options,
-        )  # fmt: skip
+        transformer = build()
         layers = joint_attention_layers(transformer)
         fidelity = JointFidelityStream(slice(0), {}, None, frozenset(layer.name for layer in layers[8:16]))
         subject, pipe = Condition(torch.empty(1, 333, 4096), torch.empty(1, 2048)), SimpleNamespace(guidance_scale=4.5, num_timesteps=1)

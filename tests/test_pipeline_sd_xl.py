@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIM, DIM_2, TOKENS, as_dict, load_as_custom_pipeline, load_random_ip_adapter, noise, random_cae, tiny_stock_xl
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
+from full_size import unet_xl
 from reference import reference_latents, sdxl_conditions
 
 from degu.attention_processors import LayerwiseStream, cross_attention_layers
@@ -226,19 +227,7 @@ def test_as_a_custom_pipeline_from_elsewhere(stock, tmp_path, self_contained):
 def test_a_full_size_step():
     """Shapes only, on the meta device: the published configuration at 1024 px, with a host."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        unet = unet_xl()
         layers = cross_attention_layers(unet)
         assert len(layers) == 70 and len({layer.name.split(".transformer_blocks.")[0] for layer in layers}) == 11
         contexts = {layer.name: torch.empty(1, 77, 2048) for layer in layers}
