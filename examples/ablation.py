@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=list(SHIPPED), default="sd", help="which of the small models")
     parser.add_argument("--tokens", action="store_true", help="compare the tokens that masks are read from")
+    parser.add_argument("--without_t5", action="store_true", help="load the small SD 3 without its third text encoder, as people do to save memory")
     parser.add_argument("--subjects", type=int, nargs="+", default=range(10, 18), help="seeds of the rendered subjects")
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=2, help="pictures per subject and scene")
@@ -68,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     diffusers_logging.set_verbosity_error()
     model, oracle = SHIPPED[args.family], Oracle.load()
-    pipe = model.load()
+    pipe = model.load(**{"text_encoder_3": None, "tokenizer_3": None} if args.without_t5 else {})
     collected: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work_dir or Path(temporary)

@@ -35,8 +35,9 @@ class ShippedModel:
     def folder(self) -> Path:
         return MODELS / self.pipeline_class._degu_family.name
 
-    def load(self):
-        pipe = self.pipeline_class.from_pretrained(self.folder)
+    def load(self, **components):
+        """The pipeline; `components` go to `from_pretrained`."""
+        pipe = self.pipeline_class.from_pretrained(self.folder, **components)
         pipe.set_progress_bar_config(disable=True)
         pipe.enable_tcam(**self.tcam)
         return pipe

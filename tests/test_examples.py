@@ -64,6 +64,17 @@ def test_attention_collapse(tmp_path):
     assert Image.open(tmp_path / "maps.png").width > 500
 
 
+def test_text_pathways():
+    printed = run("examples/text_pathways.py", "--subjects", "14", "--scenes", "2", "--seeds", "1", "--train_steps", "2")
+    rows = [line for line in printed.splitlines() if line.startswith(("| class noun, ", "| CAE in the prompt, "))]
+    assert len(rows) == 10 and any("T5's tokens alone" in row for row in rows)
+
+
+def test_without_t5():
+    printed = run("examples/ablation.py", "--family", "sd3", "--without_t5", "--tokens", "--subjects", "14", "--scenes", "1", "--seeds", "1", "--train_steps", "2")
+    assert "| [SOT] |" in printed
+
+
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_tokens(tmp_path, family):
     printed = run("examples/ablation.py", "--family", family, "--tokens", "--subjects", "14", "--scenes", "2", "--seeds", "1", "--train_steps", "2", "--work_dir", str(tmp_path))
