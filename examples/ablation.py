@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
@@ -60,16 +61,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=list(SHIPPED), default="sd", help="which of the small models")
     parser.add_argument("--tokens", action="store_true", help="compare the tokens that masks are read from")
-    parser.add_argument("--without_t5", action="store_true", help="load the small SD 3 without its third text encoder, as people do to save memory")
+    parser.add_argument("--without_t5", action="store_true", help="SD 3 without its third text encoder, as people load it to save memory; masks from [SOT]")
     parser.add_argument("--subjects", type=int, nargs="+", default=range(10, 18), help="seeds of the rendered subjects")
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=2, help="pictures per subject and scene")
     parser.add_argument("--train_steps", type=int, default=None, help="by default what suits the model")
     parser.add_argument("--work_dir", type=Path, default=None, help="keeps the trained embeddings, to continue from; by default a temporary folder")
     args = parser.parse_args()
+    if args.without_t5 and args.family != "sd3":
+        parser.error("--without_t5 is for --family sd3: the other families have no T5")
     diffusers_logging.set_verbosity_error()
     model, oracle = SHIPPED[args.family], Oracle.load()
-    pipe = model.load(**{"text_encoder_3": None, "tokenizer_3": None} if args.without_t5 else {})
+    if args.without_t5:  # the terminal token is then CLIP's [EOT], which looks at the subject here, as on the small SDXL
+        model = replace(model, tcam=model.tcam | {"token": "sot"})
+        pipe = model.load(text_encoder_3=None, tokenizer_3=None)
+    else:
+        pipe = model.load()
     collected: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work_dir or Path(temporary)
