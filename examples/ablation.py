@@ -11,15 +11,13 @@ region in the finished picture.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
-from learned import trained
+from learned import add_arguments, trained, work_folder
 from quickstart import caption_text, compared
 from shipped import SHIPPED, ShippedModel, starting_noise
 from toyworld.oracle import Oracle
@@ -62,11 +60,7 @@ def main() -> None:
     parser.add_argument("--family", choices=list(SHIPPED), default="sd", help="which of the small models")
     parser.add_argument("--tokens", action="store_true", help="compare the tokens that masks are read from")
     parser.add_argument("--without_t5", action="store_true", help="SD 3 without its third text encoder, as people load it to save memory; masks from [SOT]")
-    parser.add_argument("--subjects", type=int, nargs="+", default=range(10, 18), help="seeds of the rendered subjects")
-    parser.add_argument("--scenes", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=2, help="pictures per subject and scene")
-    parser.add_argument("--train_steps", type=int, default=None, help="by default what suits the model")
-    parser.add_argument("--work_dir", type=Path, default=None, help="keeps the trained embeddings, to continue from; by default a temporary folder")
+    add_arguments(parser)
     args = parser.parse_args()
     if args.without_t5 and args.family != "sd3":
         parser.error("--without_t5 is for --family sd3: the other families have no T5")
@@ -78,9 +72,7 @@ def main() -> None:
     else:
         pipe = model.load()
     collected: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.work_dir or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with work_folder(args.work_dir) as folder:
         for subject in args.subjects:
             pipe.load_cae_embeddings(trained(model, subject, folder, args.train_steps), adapter_name="subject")
             rows = scored(tokens if args.tokens else components, model, pipe, oracle, subject, args.scenes, args.seeds)

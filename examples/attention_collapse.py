@@ -9,14 +9,13 @@ word's averaged over space, heads, layers and steps (Eq. 1). Prints each prompt'
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
-from learned import host_of
+from learned import host_of, work_folder
 from pictures import enlarged
 from PIL import Image
 from quickstart import caption_text
@@ -88,9 +87,7 @@ def main() -> None:
     diffusers_logging.set_verbosity_error()
     model = SHIPPED["sd"]
     pipe, found = model.load(), {"class noun": [], "textual inversion": []}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.work_dir or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with work_folder(args.work_dir) as folder:
         for subject in args.subjects:
             noun, prompts = subject_of(subject).kind, [caption_text(fields) for fields in new_scenes(subject, args.scenes)]
             shared = dict(num_inference_steps=model.steps, guidance_scale=model.guidance_scale, latents=starting_noise(pipe, len(prompts), subject))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -20,7 +19,7 @@ from typing import Iterator
 import numpy as np
 from diffusers import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from learned import METHODS, host_of, trained
+from learned import METHODS, add_arguments, host_of, trained, work_folder
 from quickstart import caption_text
 from shipped import SHIPPED, ShippedModel, starting_noise
 from toyworld.oracle import Oracle
@@ -143,19 +142,13 @@ def ways(pipe, model: ShippedModel, method: str, cae: Path, host: Path, prompts:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--subjects", type=int, nargs="+", default=range(10, 18), help="seeds of the rendered subjects")
-    parser.add_argument("--scenes", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=2, help="pictures per subject and scene")
-    parser.add_argument("--train_steps", type=int, default=None, help="of the subject and of the hosts; by default what suits the model")
-    parser.add_argument("--work_dir", type=Path, default=None, help="keeps what is trained and the scores, to continue from; by default a temporary folder")
+    add_arguments(parser)
     args = parser.parse_args()
     diffusers_logging.set_verbosity_error()
     model, oracle = SHIPPED["sd"], Oracle.load()
     pipe = model.load()
     collected: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.work_dir or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with work_folder(args.work_dir) as folder:
         for subject in args.subjects:
             identity, references, fields = subject_of(subject), rendered(reference_pictures(subject)), new_scenes(subject, args.scenes) * args.seeds
             cae = trained(model, subject, folder, args.train_steps)

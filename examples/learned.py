@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import tempfile
 from pathlib import Path
+from typing import Iterator
 
 from PIL import Image
 from shipped import ShippedModel
@@ -22,6 +26,24 @@ METHODS: dict[str, dict[str, float]] = {
     "custom_diffusion": {"max_train_steps": 300, "train_batch_size": 4, "learning_rate": 1e-3},
     "core": {"max_train_steps": 300, "train_batch_size": 4, "unet_train_steps": 200, "unet_learning_rate": 3e-5},
 }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What experiments on several rendered subjects are told."""
+    parser.add_argument("--subjects", type=int, nargs="+", default=range(10, 18), help="seeds of the rendered subjects")
+    parser.add_argument("--scenes", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=2, help="pictures per subject and scene")
+    parser.add_argument("--train_steps", type=int, default=None, help="by default what suits the model")
+    parser.add_argument("--work_dir", type=Path, default=None, help="keeps what is trained, to continue from; by default a temporary folder")
+
+
+@contextlib.contextmanager
+def work_folder(work_dir: Path | None) -> Iterator[Path]:
+    """`work_dir`, made where there is none; None: a temporary folder."""
+    with tempfile.TemporaryDirectory() if work_dir is None else contextlib.nullcontext(work_dir) as name:
+        folder = Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def written_references(subject: int, folder: Path) -> Path:

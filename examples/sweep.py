@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import tempfile
 from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
-from learned import host_of, trained
+from learned import host_of, trained, work_folder
 from quickstart import caption_text, captions_for
 from shipped import SHIPPED, ShippedModel, starting_noise
 from toyworld.oracle import Oracle
@@ -180,9 +179,7 @@ def main() -> None:
     diffusers_logging.set_verbosity_error()
     model, oracle = SHIPPED[args.family], Oracle.load()
     pipe = model.load()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.work_dir or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with work_folder(args.work_dir) as folder:
         sections = {}
         if "masks" in args.stages and args.family == "sd":
             sections["Masks: mean IoU with the exact mask, on noised references"] = table(

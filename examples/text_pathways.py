@@ -10,13 +10,11 @@ that it does not have, with zeros; the oracle reads subject and scene back.
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
-from learned import trained
+from learned import add_arguments, trained, work_folder
 from quickstart import caption_text
 from shipped import SHIPPED, starting_noise
 from toyworld.oracle import Oracle
@@ -64,19 +62,13 @@ def heard(text: Text, clip: bool, t5: bool, pooled: bool) -> Text:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", type=int, nargs="+", default=range(10, 18), help="seeds of the rendered subjects")
-    parser.add_argument("--scenes", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=2, help="pictures per subject and scene")
-    parser.add_argument("--train_steps", type=int, default=None, help="by default what suits the model")
-    parser.add_argument("--work_dir", type=Path, default=None, help="keeps the trained embeddings, to continue from; by default a temporary folder")
+    add_arguments(parser)
     args = parser.parse_args()
     diffusers_logging.set_verbosity_error()
     model, oracle = SHIPPED["sd3"], Oracle.load()
     pipe = model.load()
     collected: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.work_dir or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with work_folder(args.work_dir) as folder:
         for subject in args.subjects:
             pipe.load_cae_embeddings(trained(model, subject, folder, args.train_steps), adapter_name="subject")
             identity, references, fields = subject_of(subject), rendered(reference_pictures(subject)), new_scenes(subject, args.scenes) * args.seeds
