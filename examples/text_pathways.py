@@ -36,11 +36,13 @@ T5_LENGTH = SHIPPED["sd3"].call_options["max_sequence_length"]
 Text = tuple[torch.Tensor, torch.Tensor]  # both CLIPs' tokens and then T5's, (n, tokens, dim); pooled, (n, dim)
 
 
+@torch.no_grad()
 def plain(pipe, prompts: list[str]) -> Text:
     states, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_LENGTH)
     return states, pooled
 
 
+@torch.no_grad()
 def with_cae(pipe, prompts: list[str], noun: str) -> Text:
     """The prompts with the loaded CAE in the place of the noun."""
     clips = [(pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)]
@@ -59,7 +61,6 @@ def heard(text: Text, clip: bool, t5: bool, pooled: bool) -> Text:
     return states, text[1] * pooled
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
