@@ -2,7 +2,7 @@
 
 python examples/text_pathways.py
 
-A U-Net hears a prompt through its text tokens. SD 3's transformer hears it three times: in CLIP's tokens, in T5's tokens, and in the
+A U-Net hears a prompt above all in its text tokens. SD 3's transformer hears it three times: in CLIP's tokens, in T5's tokens, and in the
 pooled CLIP embeddings that modulate every block. Here each of them speaks alone, the others left out as stock leaves out a text encoder
 that it does not have, with zeros; the oracle reads subject and scene back.
 """
@@ -21,7 +21,7 @@ from toyworld.oracle import Oracle
 from toyworld.references import new_scenes, reference_pictures, rendered, subject_of
 from toyworld.scores import scores, table
 
-from degu.pipelines.cae_encoding import encode_cae_3, prompt_with_embeddings
+from degu.pipelines.cae_encoding import prompt_with_embeddings
 
 # Which of CLIP's tokens, T5's tokens and the pooled embeddings are heard.
 PATHWAYS = {
@@ -45,12 +45,8 @@ def plain(pipe, prompts: list[str]) -> Text:
 @torch.no_grad()
 def with_cae(pipe, prompts: list[str], noun: str) -> Text:
     """The prompts with the loaded CAE in the place of the noun."""
-    clips = [(pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)]
-    *clip_rows, t5_rows = pipe.active_cae.embeddings.values()
-    width = pipe.transformer.config.joint_attention_dim
     sequences = [prompt_with_embeddings(prompt.replace(noun, "<subject>", 1), "<subject>") for prompt in prompts]
-    t5 = pipe.text_encoder_3, pipe.tokenizer_3
-    encoded = [encode_cae_3(clips, clip_rows, t5, t5_rows, T5_LENGTH, width, sequence) for sequence in sequences]
+    encoded = [pipe._encode_cae(pipe.active_cae.embeddings, sequence, T5_LENGTH) for sequence in sequences]
     states, pooled = (torch.cat(parts) for parts in zip(*encoded))
     return states, pooled
 
