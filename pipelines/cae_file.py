@@ -64,24 +64,25 @@ def save_cae(cae: ContextAgnosticEmbeddings, path: str | os.PathLike, family: st
         temporary.unlink(missing_ok=True)
 
 
-def read_cae(path: str | os.PathLike, family: str, dims: Mapping[str, int], unused: Collection[str] = ()) -> ContextAgnosticEmbeddings:
+def read_cae(path: str | os.PathLike, family: str, dims: Mapping[str, int], optional: Collection[str] = ()) -> ContextAgnosticEmbeddings:
     """Reads and checks a file for a model of `family` whose text encoders embed tokens in `dims` dimensions.
 
-    Rows for the text encoders in `unused`, which the pipeline has been loaded without, may be in the file; they are left out.
+    Text encoders in `optional` are those that pipelines and files may do without: rows for one that the pipeline lacks are left
+    out, and where the file has no rows for one that the pipeline has, neither have the embeddings.
 
     Raises:
         ValueError: the file is damaged, not a CAE, or made for another kind of model; the message says which.
     """
     hint = "CAE files are written by training/train_cae.py; textual inversions and LoRAs have loaders of their own."
     metadata, tensors = read_tensors(path, "CAE", FORMAT, FORMAT_VERSION, hint)
-    return parse_cae(tensors, family, dims, unused, source=str(path), metadata=metadata)
+    return parse_cae(tensors, family, dims, optional, source=str(path), metadata=metadata)
 
 
 def parse_cae(
     tensors: Mapping[str, torch.Tensor],
     family: str,
     dims: Mapping[str, int],
-    unused: Collection[str] = (),
+    optional: Collection[str] = (),
     source: str = "the given dict",
     metadata: Mapping[str, str] | None = None,
 ) -> ContextAgnosticEmbeddings:
@@ -92,11 +93,12 @@ def parse_cae(
             f"{source} holds a CAE for the family {metadata['family']!r} (base model {metadata.get('base_model', 'unknown')}), "
             f"but this pipeline is of the family {family!r}. Train a CAE on this pipeline's base model."
         )
-    expected, found = {_PREFIX + name for name in dims}, set(tensors)
-    left_out = sorted(found & {_PREFIX + name for name in unused})
+    left_out = sorted(_PREFIX + name for name in optional if name not in dims and _PREFIX + name in tensors)
     if left_out:
         logger.warning(f"{source}: {left_out} are left out, since the pipeline has no such text encoder.")
-        found -= set(left_out)
+    found = set(tensors) - set(left_out)
+    dims = {name: dim for name, dim in dims.items() if name not in optional or _PREFIX + name in found}
+    expected = {_PREFIX + name for name in dims}
     if expected != found:
         raise ValueError(f"{source} holds the tensors {sorted(found)}, expected exactly {sorted(expected)}.")
     try:

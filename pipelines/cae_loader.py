@@ -58,13 +58,13 @@ class CaeLoaderMixin:
         dims = self._cae_dims()
         if isinstance(source, Mapping):
             name = "the given dict"
-            cae = parse_cae(source, self._degu_family.name, dims, self._unused_text_encoders())
+            cae = parse_cae(source, self._degu_family.name, dims, self._optional_text_encoders)
         else:
             name = _find_file(
                 os.fspath(source), weight_name, subfolder, revision=revision, token=token, cache_dir=cache_dir,
                 local_files_only=bool(local_files_only), force_download=force_download,
             )  # fmt: skip
-            cae = read_cae(name, self._degu_family.name, dims, self._unused_text_encoders())
+            cae = read_cae(name, self._degu_family.name, dims, self._optional_text_encoders)
         self._check_cae(cae, name)
         self._cae_adapters[adapter_name] = cae
         self._active_cae_adapter = adapter_name

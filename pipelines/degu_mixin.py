@@ -41,6 +41,7 @@ class DeGuMixin(CaeLoaderMixin, ABC):
 
     _degu_family: Family
     _output_class: type  # stock's output with a field `subject_masks`
+    _optional_text_encoders: tuple[str, ...] = ()  # that a pipeline of the family, or a CAE, may do without
     _guided: GuidedDenoiser | None = None  # set for the length of a call
     _tcam: TcamConfig | None = None  # None: the family's
     _tcam_enabled = True
@@ -147,10 +148,6 @@ class DeGuMixin(CaeLoaderMixin, ABC):
         """What of stock's arguments its `encode_prompt` is to be told."""
 
     # --- and what follows from it ---
-
-    def _unused_text_encoders(self) -> tuple[str, ...]:
-        """Text encoders of the family that this pipeline does without."""
-        return ()
 
     def _cae_dims(self) -> dict[str, int]:
         return {name: encoder.get_input_embeddings().weight.shape[1] for name, (encoder, _) in self._text_encoders().items()}

@@ -33,6 +33,7 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
 
     _degu_family = SD3
     _output_class = StableDiffusion3DeGuPipelineOutput
+    _optional_text_encoders = ("text_encoder_3",)
 
     @property
     def _denoiser(self) -> torch.nn.Module:
@@ -44,9 +45,6 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         if missing:
             raise ValueError(f"A CAE is encoded by the text encoders of SD 3, but this pipeline was loaded without {missing}.")
         return encoders if self.text_encoder_3 is None else encoders | {"text_encoder_3": (self.text_encoder_3, self.tokenizer_3)}
-
-    def _unused_text_encoders(self) -> tuple[str, ...]:
-        return ("text_encoder_3",) if self.text_encoder_3 is None else ()
 
     def _layers(self, denoiser: torch.nn.Module | None = None) -> list[JointAttentionLayer]:
         return joint_attention_layers(self.transformer if denoiser is None else denoiser)
@@ -74,8 +72,10 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         return (self._layers()[0].level,)
 
     def _token_positions(self, config: TcamConfig) -> slice:
-        """In `[SOT] V_1 ... V_N [EOT] ...` of the CLIPs followed by `V_1 ... V_N </s> ...` of T5: the terminal token is T5's."""
-        if self.text_encoder_3 is None or config.token == "sot":
+        """In `[SOT] V_1 ... V_N [EOT] ...` of the CLIPs followed by `V_1 ... V_N </s> ...` of T5: the terminal token is T5's, or
+        the CLIPs' where T5 does not read the CAE."""
+        t5_reads_it = self.text_encoder_3 is not None and "text_encoder_3" in self.active_cae.embeddings
+        if not t5_reads_it or config.token == "sot":
             return super()._token_positions(config)
         start, tokens = self.tokenizer_max_length, self.active_cae.num_tokens
         return slice(start, start + tokens) if config.token == "subject" else slice(start + tokens, start + tokens + 1)
@@ -102,10 +102,12 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
     def _encode_cae(
         self, embeddings: Mapping[str, torch.Tensor], sequence: Sequencer = cae_sequence, t5_length: int = 256
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without embeddings for T5, as they are trained with `--without_t5`, T5's part is zeros, as where there is no T5."""
         clips = self._text_encoders()
         t5 = clips.pop("text_encoder_3", None)
+        t5_rows = embeddings.get("text_encoder_3")
         rows, dim = [embeddings[name] for name in clips], self.transformer.config.joint_attention_dim
-        return encode_cae_3(list(clips.values()), rows, t5, embeddings.get("text_encoder_3"), t5_length, dim, sequence)
+        return encode_cae_3(list(clips.values()), rows, None if t5_rows is None else t5, t5_rows, t5_length, dim, sequence)
 
     @extends(StableDiffusion3Pipeline.__call__)
     @torch.no_grad()

@@ -185,7 +185,7 @@ def sd3_conditions(pipe, prompts, host_prompt, cae, t5_length):
         return told([text_output(*clip, texts) for clip in clips], last)
 
     last, rows = None, cae.embeddings
-    if pipe.text_encoder_3 is not None:
+    if "text_encoder_3" in rows:
         end, pad = pipe.tokenizer_3.eos_token_id, pipe.tokenizer_3.pad_token_id
         table = pipe.text_encoder_3.get_input_embeddings().weight
         own = rows["text_encoder_3"][0]

@@ -377,6 +377,37 @@ def test_script_on_sd3(base_3, photos, tmp_path):
     pipe.load_cae_embeddings(tmp_path)
 
 
+def test_without_t5(base_3, base, photos, tmp_path):
+    """What is learned without T5 is what the CLIPs read, as a pipeline without T5 has it; a pipeline with T5 loads it too."""
+    main(flags(base_3, photos, tmp_path, without_t5=True, learning_rate=1.0, checkpointing_steps=2))
+    with safe_open(tmp_path / "cae_embeddings.safetensors", "pt") as file:
+        assert {name: file.get_tensor(name).shape for name in file.keys()} == {"cae.text_encoder": (1, 2, DIM), "cae.text_encoder_2": (1, 2, DIM_2)}
+    for options in ({}, {"text_encoder_3": None, "tokenizer_3": None}):
+        pipe = StableDiffusion3DeGuPipeline.from_pretrained(base_3, **options)
+        pipe.load_cae_embeddings(tmp_path)
+        assert list(pipe.active_cae.embeddings) == ["text_encoder", "text_encoder_2"]
+    with pytest.raises(ValueError, match="other settings.*without_t5"):
+        main(flags(base_3, photos, tmp_path, steps=4, learning_rate=1.0, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="`--without_t5` is for Stable Diffusion 3"):
+        main(flags(base, photos, tmp_path / "sd", without_t5=True))
+
+
+def test_loss_without_t5_is_the_references(base_3, tmp_path):
+    backbone = load_backbone(str(base_3), None, None, torch.float32, "cpu", without_t5=True)
+    backbone.configure(parse_args(flags(base_3, tmp_path, tmp_path, max_sequence_length=20)))
+    generator, stock = torch.Generator().manual_seed(5), tiny_stock_3(t5=False)
+    learned = {name: torch.randn(1, 3, dim, generator=generator).requires_grad_() for name, dim in {"text_encoder": DIM, "text_encoder_2": DIM_2}.items()}
+    assert list(backbone.initial_embeddings("dog")) == list(learned)
+    batch = Batch(latents=noise(2), noise=noise(2, seed=9), timesteps=torch.tensor([100, 700]), masks=None, sizes=torch.zeros(2, 6))
+    with torch.no_grad():
+        with backbone.conditioned_on(learned, 2) as condition:
+            pass
+        _, _, fidelity, _ = sd3_conditions(stock, ["", ""], None, ContextAgnosticEmbeddings(learned), 20)
+    torch.testing.assert_close(condition.embeds, fidelity["encoder_hidden_states"])
+    torch.testing.assert_close(condition.pooled, fidelity["pooled_projections"])
+    assert condition.embeds[:, -20:].abs().max() == 0
+
+
 @pytest.mark.parametrize("argument", [{"weighting_scheme": "mode"}, {"max_sequence_length": 77}, {"set_per": "layer"}])
 def test_arguments_of_other_families_are_refused(base, photos, tmp_path, argument):
     name, value = next(iter(argument.items()))

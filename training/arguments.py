@@ -19,6 +19,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cae = parser.add_argument_group("embeddings")
     cae.add_argument("--num_tokens", type=int, default=5)
     cae.add_argument("--set_per", choices=("layer", "transformer"), default="transformer", help="SDXL: a set of embeddings for each of the U-Net's 11 transformers, or for each of the 70 cross-attention layers in them")
+    cae.add_argument("--without_t5", action="store_true", help="SD 3: leave T5 out, to save its memory; the file then has no rows for it, and T5 hears the prompt alone")
     cae.add_argument("--no_layerwise", action="store_true", help="one set of embeddings for all cross-attention layers")
     return _checked(parser, argv)
 
@@ -38,7 +39,7 @@ def parse_host_args(argv: Sequence[str] | None, methods: Mapping[str, type[HostM
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--method", choices=list(methods))
     method = first.parse_known_args(argv)[0].method
-    parser.set_defaults(scale_lr=False, set_per="transformer", **(methods[method].defaults if method else {}))
+    parser.set_defaults(scale_lr=False, set_per="transformer", without_t5=False, **(methods[method].defaults if method else {}))
     return _checked(parser, argv)
 
 

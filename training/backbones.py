@@ -33,7 +33,12 @@ def backbone_class(pretrained_model_name_or_path: str, revision: str | None) -> 
 
 
 def load_backbone(
-    pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device
+    pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device, without_t5: bool = False
 ) -> StableDiffusionBackbone:
-    """Raises ValueError as `backbone_class` does."""
-    return backbone_class(pretrained_model_name_or_path, revision)(pretrained_model_name_or_path, revision, variant, dtype, device)
+    """Raises ValueError as `backbone_class` does, and where T5 is to be left out of a family that has none."""
+    kind = backbone_class(pretrained_model_name_or_path, revision)
+    if not without_t5:
+        return kind(pretrained_model_name_or_path, revision, variant, dtype, device)
+    if kind is not StableDiffusion3Backbone:
+        raise ValueError(f"`--without_t5` is for Stable Diffusion 3; {pretrained_model_name_or_path} has no T5.")
+    return kind(pretrained_model_name_or_path, revision, variant, dtype, device, text_encoder_3=None, tokenizer_3=None)

@@ -26,7 +26,7 @@ from degu.training.method import Method
 
 # What has to be as it was for a resumed run to equal an uninterrupted one.
 _RUN = ("method", "rank", "instance_prompt", "num_tokens", "no_layerwise", "resolution", "center_crop", "random_flip", "optimizer", "learning_rate", "seed",
-        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "set_per")  # fmt: skip
+        "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "max_sequence_length", "set_per", "without_t5")  # fmt: skip
 
 
 def new_optimizer(args, parameters) -> torch.optim.Optimizer:
@@ -110,7 +110,7 @@ def train(args, new_method: type[Method]) -> None:
     images = load_instance_images(args.instance_data_dir, args.instance_mask_dir)
     resume = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    backbone = load_backbone(args.pretrained_model_name_or_path, args.revision, args.variant, dtype, accelerator.device)
+    backbone = load_backbone(args.pretrained_model_name_or_path, args.revision, args.variant, dtype, accelerator.device, args.without_t5)
     args.optimizer = args.optimizer or backbone.default_optimizer
     if args.learning_rate is None:
         args.learning_rate = PRODIGY_LEARNING_RATE if args.optimizer == "prodigy" else new_method.learning_rate
@@ -147,7 +147,7 @@ def train(args, new_method: type[Method]) -> None:
     step = 0
     if resume is not None:
         state = load_state(resume)
-        changed = {name: (state["run"][name], value) for name, value in run.items() if state["run"][name] != value}
+        changed = {name: (state["run"][name], value) for name, value in run.items() if state["run"].get(name, value) != value}
         if changed:
             raise ValueError(f"{resume} was trained with other settings (then, now): {changed}. Resume with the same, or start anew.")
         method.load_state_dict(state["learned"])

@@ -24,7 +24,8 @@ FAMILY_ARGUMENTS = {"weighting_scheme": "none", "max_sequence_length": None, "se
 class StableDiffusionBackbone:
     """Loads the model with no gradients for its weights, and computes its own denoising loss from a CAE alone.
 
-    Denoiser and text encoders have the given dtype; the VAE stays float32 for encoding.
+    Denoiser and text encoders have the given dtype; the VAE stays float32 for encoding. `components` go to `from_pretrained`: None for
+    one that is left out.
     """
 
     pipeline_class: type = StableDiffusionDeGuPipeline
@@ -34,10 +35,10 @@ class StableDiffusionBackbone:
     own_arguments: tuple[str, ...] = ()  # of `FAMILY_ARGUMENTS`
     call_options: dict = {}  # of the validation pictures
 
-    def __init__(self, pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device) -> None:
+    def __init__(self, pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device, **components) -> None:
         # The pipeline's modules also make the validation pictures.
         self.pipeline = self.pipeline_class.from_pretrained(
-            pretrained_model_name_or_path, revision=revision, variant=variant, **self.pipeline_options
+            pretrained_model_name_or_path, revision=revision, variant=variant, **self.pipeline_options, **components
         )
         self.pipeline.set_progress_bar_config(disable=True)
         self.family = self.pipeline._degu_family.name
