@@ -2,6 +2,7 @@
 
 python examples/ablation.py                       on the small Stable Diffusion; --family sdxl or sd3 for the others
 python examples/ablation.py --tokens              DeGu with masks from each of the tokens instead
+python examples/ablation.py --family sd3 --t5 none    SD 3 without its third text encoder, as people load it to save memory
 
 Subjects that neither the model nor the sweep has seen, each in scenes that its references do not show. The oracle reads the
 pictures back (`toyworld/scores.py` says how); the masks of the last step are compared with the oracle's idea of the subject's
@@ -59,22 +60,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=list(SHIPPED), default="sd", help="which of the small models")
     parser.add_argument("--tokens", action="store_true", help="compare the tokens that masks are read from")
-    parser.add_argument("--without_t5", action="store_true", help="SD 3 without its third text encoder, as people load it to save memory; masks from [SOT]")
+    parser.add_argument("--t5", choices=("all", "prompt", "none"), default="all", help="SD 3: what T5 reads: prompt and CAE, the prompt alone, or nothing, since it is not loaded")
     add_arguments(parser)
     args = parser.parse_args()
-    if args.without_t5 and args.family != "sd3":
-        parser.error("--without_t5 is for --family sd3: the other families have no T5")
+    if args.t5 != "all" and args.family != "sd3":
+        parser.error(f"--t5 {args.t5} is for --family sd3: the other families have no T5")
     diffusers_logging.set_verbosity_error()
     model, oracle = SHIPPED[args.family], Oracle.load()
-    if args.without_t5:  # the terminal token is then CLIP's [EOT], which looks at the subject here, as on the small SDXL
-        model = replace(model, tcam=model.tcam | {"token": "sot"})
-        pipe = model.load(text_encoder_3=None, tokenizer_3=None)
-    else:
-        pipe = model.load()
+    if args.t5 != "all":  # the CAE's terminal token is then CLIP's [EOT], which here looks at the subject, and not as well as the subject's own
+        model = replace(model, tcam=model.tcam | {"token": "subject"})
+    pipe = model.load(**({"text_encoder_3": None, "tokenizer_3": None} if args.t5 == "none" else {}))
+    options = () if args.t5 == "all" else ("--without_t5",)
     collected: dict[str, list[dict[str, float]]] = {}
     with work_folder(args.work_dir) as folder:
         for subject in args.subjects:
-            pipe.load_cae_embeddings(trained(model, subject, folder, args.train_steps), adapter_name="subject")
+            pipe.load_cae_embeddings(trained(model, subject, folder, args.train_steps, *options), adapter_name="subject")
             rows = scored(tokens if args.tokens else components, model, pipe, oracle, subject, args.scenes, args.seeds)
             pipe.unload_cae_embeddings("subject")
             identity = subject_of(subject)

@@ -71,7 +71,7 @@ def test_text_pathways():
 
 
 def test_without_t5():
-    printed = run("examples/ablation.py", "--family", "sd3", "--without_t5", "--tokens", "--subjects", "14", "--scenes", "1", "--seeds", "1", "--train_steps", "2")
+    printed = run("examples/ablation.py", "--family", "sd3", "--t5", "none", "--tokens", "--subjects", "14", "--scenes", "1", "--seeds", "1", "--train_steps", "2")
     assert "| [SOT] |" in printed
 
 
