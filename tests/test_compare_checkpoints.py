@@ -19,18 +19,18 @@ from degu.training.picture_grid import LABEL_HEIGHT
 PROMPTS = ("a dog in the snow", "a dog on the beach")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_picture_is_its_checkpoints(tmp_path, family):
+@pytest.mark.parametrize("family, without_t5", [*((family, False) for family in FAMILIES), ("sd3", True)])
+def test_every_picture_is_its_checkpoints(tmp_path, family, without_t5):
     stock, cls, *_ = FAMILIES[family]
     base, run, steps = tmp_path / "base", tmp_path / "run", (5, 10)
     stock().save_pretrained(base)
-    pipe = cls.from_pretrained(base)
+    pipe = cls.from_pretrained(base, **({"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}))
     pipe.set_progress_bar_config(disable=True)
     learned = {step: random_cae(pipe, seed=step) for step in steps}
     for step, cae in reversed(learned.items()):
         cae.metadata["base_model"] = str(base)
         save_checkpoint(run, step, lambda folder: save_cae(cae, folder / "cae_embeddings.safetensors", family), {}, None)
-    options = ("--num_inference_steps", "1", "--fidelity_guidance_scale", "6")
+    options = ("--num_inference_steps", "1", "--fidelity_guidance_scale", "6", *(["--without_t5"] if without_t5 else []))
     command = [sys.executable, str(ROOT / "training" / "compare_checkpoints.py"), str(run), "--prompts", *PROMPTS, *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -35,10 +35,17 @@ def backbone_class(pretrained_model_name_or_path: str, revision: str | None) -> 
 def load_backbone(
     pretrained_model_name_or_path: str, revision: str | None, variant: str | None, dtype: torch.dtype, device, without_t5: bool = False
 ) -> StableDiffusionBackbone:
-    """Raises ValueError as `backbone_class` does, and where T5 is to be left out of a family that has none."""
+    """Raises ValueError as `backbone_class` and `left_out` do."""
     kind = backbone_class(pretrained_model_name_or_path, revision)
-    if not without_t5:
-        return kind(pretrained_model_name_or_path, revision, variant, dtype, device)
-    if kind is not StableDiffusion3Backbone:
-        raise ValueError(f"`--without_t5` is for Stable Diffusion 3; {pretrained_model_name_or_path} has no T5.")
-    return kind(pretrained_model_name_or_path, revision, variant, dtype, device, text_encoder_3=None, tokenizer_3=None)
+    return kind(pretrained_model_name_or_path, revision, variant, dtype, device, **left_out(kind, without_t5))
+
+
+def left_out(kind: type[StableDiffusionBackbone], without_t5: bool) -> dict[str, None]:
+    """What `from_pretrained` is told for `--without_t5`.
+
+    Raises:
+        ValueError: the family has no T5.
+    """
+    if without_t5 and kind is not StableDiffusion3Backbone:
+        raise ValueError(f"`--without_t5` is for Stable Diffusion 3; a {kind.pipeline_class.__name__} has no T5.")
+    return {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}

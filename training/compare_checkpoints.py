@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from degu.pipelines.cae_file import DEFAULT_NAME
-from degu.training.backbones import backbone_class
+from degu.training.backbones import backbone_class, left_out
 from degu.training.checkpoint import checkpoints
 from degu.training.picture_grid import picture_grid
 
@@ -34,6 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fidelity_guidance_scale", type=float, default=None, help="w_f; by default the pipeline's")
     parser.add_argument("--num_inference_steps", type=int, default=None, help="by default the pipeline's")
     parser.add_argument("--max_sequence_length", type=int, default=None, help="of T5 on SD 3, as in training")
+    parser.add_argument("--without_t5", action="store_true", help="SD 3: leave T5 out, to save its memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=None, help="by default checkpoints.png in the run's folder")
     return parser.parse_args(argv)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = args.pretrained_model_name_or_path or file.metadata()["base_model"]
     kind = backbone_class(base, args.revision)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.mixed_precision, torch.float32)
-    pipe = kind.pipeline_class.from_pretrained(base, revision=args.revision, variant=args.variant, dtype=dtype, **kind.pipeline_options)
+    pipe = kind.pipeline_class.from_pretrained(base, revision=args.revision, variant=args.variant, dtype=dtype, **kind.pipeline_options, **left_out(kind, args.without_t5))
     pipe.to(PartialState().device)
     names = ("guidance_scale", "fidelity_guidance_scale", "num_inference_steps", "max_sequence_length")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
