@@ -70,8 +70,9 @@ def test_text_pathways():
     assert len(rows) == 10 and any("T5's tokens alone" in row for row in rows)
 
 
-def test_without_t5():
-    printed = run("examples/ablation.py", "--family", "sd3", "--t5", "none", "--tokens", "--subjects", "14", "--scenes", "1", "--seeds", "1", "--train_steps", "2")
+@pytest.mark.parametrize("t5", ["prompt", "none"])
+def test_without_t5(t5):
+    printed = run("examples/ablation.py", "--family", "sd3", "--t5", t5, "--tokens", "--subjects", "14", "--scenes", "1", "--seeds", "1", "--train_steps", "2")
     assert "| [SOT] |" in printed
 
 
