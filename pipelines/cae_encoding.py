@@ -107,7 +107,7 @@ def encode_cae_3(
     Args:
         clips: (text encoder with a projection, tokenizer), twice.
         embeddings: (1, tokens, dim) for each of them.
-        t5, t5_embeddings: the same for T5, or None: zeros take its place, as stock has it.
+        t5, t5_embeddings: the same for T5. Where either is None, zeros take its place, as stock has it without T5.
         t5_length: how long T5's part is, stock's `max_sequence_length`.
         dim: the width of the sequence.
 
@@ -115,7 +115,7 @@ def encode_cae_3(
         The sequence (1, length, dim) and both CLIPs' pooled embeddings side by side (1, projected).
     """
     clip, outputs = _encode_clips(clips, embeddings, sequence)
-    if t5 is None:
+    if t5 is None or t5_embeddings is None:
         last = clip.new_zeros(1, t5_length, dim)
     else:
         text_encoder, tokenizer = t5

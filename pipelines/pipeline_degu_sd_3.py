@@ -105,9 +105,8 @@ class StableDiffusion3DeGuPipeline(DeGuMixin, StableDiffusion3Pipeline):
         """Without embeddings for T5, as they are trained with `--without_t5`, T5's part is zeros, as where there is no T5."""
         clips = self._text_encoders()
         t5 = clips.pop("text_encoder_3", None)
-        t5_rows = embeddings.get("text_encoder_3")
         rows, dim = [embeddings[name] for name in clips], self.transformer.config.joint_attention_dim
-        return encode_cae_3(list(clips.values()), rows, None if t5_rows is None else t5, t5_rows, t5_length, dim, sequence)
+        return encode_cae_3(list(clips.values()), rows, t5, embeddings.get("text_encoder_3"), t5_length, dim, sequence)
 
     @extends(StableDiffusion3Pipeline.__call__)
     @torch.no_grad()
