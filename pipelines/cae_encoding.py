@@ -29,8 +29,10 @@ def cae_sequence(tokenizer, num_tokens: int, length: int | None = None) -> tuple
     return torch.tensor(ids + [tokenizer.pad_token_id] * (length - len(ids))), slice(len(start), len(start) + num_tokens)
 
 
-def prompt_with_embeddings(prompt: str, placeholder: str) -> Sequencer:
+def prompt_with_embeddings(prompt: str, placeholder: str, noun: str = "") -> Sequencer:
     """As `cae_sequence`, with the embeddings in the place of `placeholder` in `prompt`; what does not fit is cut off at the end.
+
+    A text encoder without embeddings (`num_tokens` 0) reads `noun` there.
 
     Raises:
         ValueError: the embeddings themselves do not fit.
@@ -45,7 +47,8 @@ def prompt_with_embeddings(prompt: str, placeholder: str) -> Sequencer:
             raise ValueError(f"{placeholder!r} with its {num_tokens} tokens does not fit into the {length} that the text encoder reads of {prompt!r}.")
         placeholders, there = cae_sequence(tokenizer, num_tokens)
         positions = slice(len(start), len(start) + num_tokens)
-        ids = [*start, *placeholders[there].tolist(), *tokenizer(after, add_special_tokens=False).input_ids][: length - 1]
+        subject = placeholders[there].tolist() or tokenizer(noun, add_special_tokens=False).input_ids
+        ids = [*start, *subject, *tokenizer(after, add_special_tokens=False).input_ids][: length - 1]
         ids += [tokenizer.eos_token_id]
         return torch.tensor(ids + [tokenizer.pad_token_id] * (length - len(ids))), positions
 

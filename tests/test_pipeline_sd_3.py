@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
@@ -17,6 +18,7 @@ from reference import reference_latents_3
 
 from degu.attention_processors import JointFidelityStream, joint_attention_layers
 from degu.pipelines import StableDiffusion3DeGuPipeline
+from degu.pipelines.cae_encoding import prompt_with_embeddings
 from degu.pipelines.cae_file import save_cae
 from degu.pipelines.families import SD3
 from degu.pipelines.guided_denoiser import GuidedDenoiser, Masking
@@ -169,6 +171,17 @@ def test_host_embeddings_instead_of_prompts(loaded):
     assert not torch.allclose(latents_of(loaded, host_prompt="a red dog", host_prompt_3="a fish"), made)
     with pytest.raises(ValueError, match="belong together"):
         latents_of(loaded, host_prompt_embeds=embeds)
+
+
+def test_t5_reads_the_noun_where_a_cae_without_its_rows_is_in_a_prompt(loaded, tmp_path):
+    cae = random_cae(loaded)
+    rows = {name: cae.embeddings[name] for name in ("text_encoder", "text_encoder_2")}
+    save_cae(replace(cae, embeddings=rows), tmp_path / "cae.safetensors", "sd3")
+    loaded.load_cae_embeddings(tmp_path / "cae.safetensors", adapter_name="mine")
+    embeds, pooled = loaded._encode_cae(rows, prompt_with_embeddings("a <mine> in the snow", "<mine>"), T5)
+    embeds[:, CLIP:] = loaded.encode_prompt("a dog in the snow", None, None, do_classifier_free_guidance=False, max_sequence_length=T5)[0][:, CLIP:]
+    made = latents_of(loaded, host_prompt="a <mine> in the snow")
+    torch.testing.assert_close(made, latents_of(loaded, host_prompt_embeds=embeds, host_pooled_prompt_embeds=pooled))
 
 
 def test_ip_adapter(loaded):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Mapping
 
 import torch
 
 from degu.attention_processors import LayerwiseStream
 from degu.pipelines.cae_encoding import prompt_with_embeddings
+from degu.pipelines.cae_file import ContextAgnosticEmbeddings
 from degu.pipelines.hosts.host_weights import HostWeights
 from degu.pipelines.streams import Condition
 
@@ -79,8 +80,10 @@ class LoadedHost(Host):
         named = _adapter_in(texts, pipe.get_list_cae_adapters())
         if named is not None:
             distinct = list(dict.fromkeys(texts["prompt"]))  # each is a sequence per layer, so encoded once
-            sequences = [prompt_with_embeddings(text, f"<{named}>") for text in distinct]
-            condition, contexts = pipe._encode_subject(pipe._cae_adapters[named], sequences, stock)
+            cae = pipe._cae_adapters[named]
+            noun = cae.metadata.get("class_noun", "")
+            sequences = [prompt_with_embeddings(text, f"<{named}>", noun) for text in distinct]
+            condition, contexts = pipe._encode_subject(_with_empty_rows(cae, pipe._cae_dims()), sequences, stock)
             rows = [distinct.index(text) for text in texts["prompt"] for _ in range(repeats)]
             embeds, pooled = (None if x is None else x[rows] for x in (condition.embeds, condition.pooled))
             if not contexts:
@@ -122,6 +125,12 @@ def texts_of(given: Mapping[str, Any], prompts: int) -> dict[str, Any]:
         return value
 
     return {name: spread(name, value) for name, value in given.items()}
+
+
+def _with_empty_rows(cae: ContextAgnosticEmbeddings, dims: Mapping[str, int]) -> ContextAgnosticEmbeddings:
+    """`cae` with no tokens for those of the pipeline's text encoders that it has no rows for: they read the rest of the prompt."""
+    empty = {name: torch.empty(1, 0, dim) for name, dim in dims.items() if name not in cae.embeddings}
+    return replace(cae, embeddings={**cae.embeddings, **empty})
 
 
 def _adapter_in(texts: Mapping[str, Any], adapters: list[str]) -> str | None:
